@@ -1,0 +1,27 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each does all of its own set-up.
+
+PYTHON := .venv/bin/python
+# Taps, bridges and the guest's root file system need root; -E keeps XDG_CACHE_HOME, CI, proxies.
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
+
+.PHONY: demo test perf-smoke setup clean clean-cache
+
+demo: setup
+	@$(SUDO) $(PYTHON) -m tests.lab.demo $(DEMO_ARGS)
+
+test: setup
+	@$(SUDO) $(PYTHON) -m pytest $(if $(TESTS),$(TESTS),tests) $(PYTEST_ARGS)
+
+perf-smoke: setup
+	@$(SUDO) $(PYTHON) -m perf.smoke $(PERF_ARGS)
+
+setup:
+	@tests/lab/setup.sh
+
+clean:
+	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The guest kernel, initrd and root file system are kept outside the checkout, shared by all.
+clean-cache:
+	rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/vdev"
