@@ -71,9 +71,10 @@ wanted=$({
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     say "creating $venv with $("$python" --version 2>&1)"
     "$python" -m venv "$venv"
-    say "installing the build tools into $venv: meson-python meson ninja cffi"
-    "$venv/bin/python" -m pip install -q --disable-pip-version-check \
-        meson-python meson ninja 'cffi>=1.17'
+    mapfile -t tools < <("$python" -c 'import tomllib
+print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")')
+    say "installing the build tools into $venv: ${tools[*]}"
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check "${tools[@]}"
     say "building vdev and installing it into $venv with what its tests need"
     PATH="$top/$venv/bin:$PATH" "$venv/bin/python" -m pip install -q --disable-pip-version-check \
         --no-build-isolation -e '.[dev]'

@@ -1,0 +1,95 @@
+"""Commands for the guest, over its second serial port.
+
+The other half is ``guest_init.sh``, which also describes the lines that are exchanged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import itertools
+import socket
+from typing import Any, NamedTuple
+
+
+class Result(NamedTuple):
+    """What a command in the guest came to."""
+
+    code: int
+    output: str
+
+
+class AgentClosed(Exception):
+    """The serial port was closed: the guest is gone."""
+
+
+class Agent:
+    """The host's end of the port; commands may run beside each other."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._ids = itertools.count(1)
+        self._pending: dict[int, asyncio.Future[Result]] = {}
+        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._read())
+
+    @classmethod
+    async def connect(cls, port: socket.socket) -> Agent:
+        """Use this socket, whose other end QEMU holds as the serial port."""
+        # One line holds a command's whole output.
+        return cls(*await asyncio.open_unix_connection(sock=port, limit=1 << 26))
+
+    async def ready(self) -> None:
+        """Wait until the guest's init has come up."""
+        await asyncio.shield(self._ready)
+
+    async def run(self, command: str) -> Result:
+        """Run a shell command in the guest to its end."""
+        number = next(self._ids)
+        answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._pending[number] = answer
+        try:
+            encoded = base64.b64encode(command.encode()).decode()
+            self._writer.write(f"{number} {encoded}\n".encode())
+            await self._writer.drain()
+            return await answer
+        finally:
+            del self._pending[number]
+
+    async def close(self) -> None:
+        """Give up the port; commands that are under way fail."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._writer.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
+
+    async def _read(self) -> None:
+        try:
+            while line := await self._reader.readline():
+                self._take(line.decode().split())
+        except OSError:
+            pass
+        finally:
+            _fail(self._ready)
+            for answer in self._pending.values():
+                _fail(answer)
+
+    def _take(self, words: list[str]) -> None:
+        if words == ["ready"]:
+            if not self._ready.done():
+                self._ready.set_result(None)
+            return
+        number, code, *output = words
+        answer = self._pending.get(int(number))
+        if answer and not answer.done():
+            text = base64.b64decode(output[0]).decode(errors="replace") if output else ""
+            answer.set_result(Result(int(code), text))
+
+
+def _fail(waiting: asyncio.Future[Any]) -> None:
+    if not waiting.done():
+        waiting.set_exception(AgentClosed("the guest's agent port was closed"))
+        waiting.exception()  # Marks it as seen: nobody may be waiting any more.

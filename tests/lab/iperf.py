@@ -1,0 +1,63 @@
+"""TCP between the guest and the host, and ping."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .process import running, while_running
+from .qemu import Guest
+
+
+@dataclass(frozen=True)
+class IperfResult:
+    """What one direction came to, at the receiver."""
+
+    bits_per_second: float
+    received_bytes: int
+    retransmits: int
+
+
+@dataclass(frozen=True)
+class PingResult:
+    """What a run of pings came to."""
+
+    sent: int
+    received: int
+    mean_us: float
+    worst_us: float
+
+
+async def iperf(
+    guest: Guest, address: str, directory: Path, *, seconds: int, reverse: bool = False
+) -> IperfResult:
+    """iperf3 from the guest to a server on this address of the host, or back (``reverse``)."""
+    server = ["iperf3", "--server", "--one-off", "--bind", address, "--forceflush"]
+    async with running("iperf3", server, directory / "iperf3.log", pipe=True) as process:
+        await while_running(process, process.line_with("Server listening"), "at its start")
+        result = await guest.run(
+            f"iperf3 --client {address} --time {seconds} --json{' --reverse' if reverse else ''}"
+        )
+    end = json.loads(result.output)["end"]
+    return IperfResult(
+        bits_per_second=end["sum_received"]["bits_per_second"],
+        received_bytes=end["sum_received"]["bytes"],
+        retransmits=end["sum_sent"].get("retransmits", 0),
+    )
+
+
+async def ping(guest: Guest, address: str, count: int, *, options: str = "") -> PingResult:
+    """Ping from the guest."""
+    result = await guest.run(f"ping -q -c {count} -i 0.02 {options} {address}", check=False)
+    counts = re.search(r"(\d+) packets transmitted, (\d+) received", result.output)
+    times = re.search(r"= [\d.]+/([\d.]+)/([\d.]+)/", result.output)
+    if not counts:
+        raise ValueError(f"ping (exit code {result.code}): {result.output}")
+    return PingResult(
+        sent=int(counts[1]),
+        received=int(counts[2]),
+        mean_us=float(times[1]) * 1000 if times else 0.0,
+        worst_us=float(times[2]) * 1000 if times else 0.0,
+    )

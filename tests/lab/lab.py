@@ -1,0 +1,112 @@
+"""The whole lab: one description of a device serves it and plugs it into a guest.
+
+::
+
+    async with Lab() as lab:
+        root = lab.blk("root", await lab.root_image())
+        data = lab.blk("data", lab.blank("data", 1 << 30), queues=2)
+        net = lab.net("net0", await lab.network())
+        async with lab.serving(root, data, net) as server:
+            async with lab.boot(disks=[root, data], nics=[net]) as guest:
+                result = await guest.run("lsblk")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import host, image, initrd, kernel, network, rootfs
+from .network import Network
+from .qemu import Disk, Guest, Machine, Nic, booted
+from .server import BlkDevice, NetDevice, Server, serving
+
+
+class Lab:
+    """A directory of sockets, images and logs, and the guests and servers that use it."""
+
+    directory: Path
+
+    def __init__(self) -> None:
+        self._numbers = itertools.count()
+        self._networks: dict[str, Network] = {}
+        self._temporary = tempfile.TemporaryDirectory(prefix="vdev-lab-")
+        host.extend_path()
+
+    async def __aenter__(self) -> Lab:
+        self.directory = Path(self._temporary.name)
+        self._kernel = await kernel.fetch()
+        self._initrd = await initrd.build(self._kernel)
+        self._rootfs = await rootfs.build()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._temporary.cleanup()
+
+    @property
+    def kernel_release(self) -> str:
+        """What ``uname -r`` says in a guest."""
+        return self._kernel.release
+
+    async def root_image(self) -> Path:
+        """A root file system of one's own."""
+        return await image.copy(self._rootfs, self.directory / f"root{next(self._numbers)}.img")
+
+    def blank(self, name: str, size: int) -> Path:
+        """A blank disk image."""
+        return image.blank(self.directory / f"{name}.img", size)
+
+    async def network(self) -> Network:
+        """A network that nothing else uses."""
+        return await network.unused()
+
+    def blk(self, name: str, path: Path, **settings: Any) -> BlkDevice:
+        """A disk to serve and plug in; the settings are those of a ``[[blk]]`` table."""
+        return BlkDevice(self.directory / f"{name}.sock", path, **settings)
+
+    def net(self, name: str, on: Network, **settings: Any) -> NetDevice:
+        """A network card to serve and plug in; the settings are those of a ``[[net]]`` table."""
+        self._networks[on.bridge] = on
+        settings.setdefault("mac", network.mac(next(self._numbers)))
+        return NetDevice(
+            self.directory / f"{name}.sock", bridge=on.bridge, address=on.host_cidr, **settings
+        )
+
+    @contextlib.asynccontextmanager
+    async def serving(self, *devices: BlkDevice | NetDevice) -> AsyncIterator[Server]:
+        """One vdev process that serves these devices."""
+        blk = [device for device in devices if isinstance(device, BlkDevice)]
+        net = [device for device in devices if isinstance(device, NetDevice)]
+        name = f"server{next(self._numbers)}"
+        async with serving(blk, net, name, self.directory) as server:
+            yield server
+
+    @contextlib.asynccontextmanager
+    async def boot(
+        self, disks: Sequence[BlkDevice], nics: Sequence[NetDevice] = (), **settings: Any
+    ) -> AsyncIterator[Guest]:
+        """A guest on served devices; the first disk is its root.
+
+        Its interfaces are up and addressed. The settings are those of ``Machine``.
+        """
+        if all(disk.read_only for disk in disks[:1]):
+            settings.setdefault("cmdline", "ro")
+        machine = Machine(
+            kernel=self._kernel.image,
+            initrd=self._initrd,
+            disks=[Disk(disk.socket, disk.queues) for disk in disks],
+            nics=[Nic(nic.socket, nic.mac or "", nic.queues, nic.mtu) for nic in nics],
+            **settings,
+        )
+        async with booted(machine, f"guest{next(self._numbers)}", self.directory) as guest:
+            for index, nic in enumerate(nics):
+                if nic.bridge in self._networks:
+                    address = self._networks[nic.bridge].guest_cidr(index)
+                    await guest.run(
+                        f"ip address add {address} dev eth{index} && ip link set eth{index} up"
+                    )
+            yield guest
