@@ -1,0 +1,5 @@
+# The cffi module generated from native/include/libvhost.h; its types are C's, so Any here.
+from typing import Any
+
+ffi: Any
+lib: Any

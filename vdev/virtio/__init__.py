@@ -1,0 +1,3 @@
+"""The virtio core: spec constants, what a device is, what a served queue is; and transports."""
+
+from __future__ import annotations
