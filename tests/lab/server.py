@@ -73,9 +73,11 @@ class Server:
 
     def __init__(self, process: Process) -> None:
         self.process = process
+        self.told_to_stop = False
 
     async def stop(self) -> int:
         """End it by SIGTERM and return its exit code."""
+        self.told_to_stop = True
         return await self.process.stop()
 
     async def status(self) -> Any:
@@ -108,13 +110,14 @@ async def serving(
         ready = while_running(process, notify.ready(), "before it was ready")
         await asyncio.wait_for(ready, START_TIMEOUT)
         server = Server(process)
+        died = False
         try:
             yield server
         finally:
-            alive = process.returncode is None
+            died = process.returncode is not None and not server.told_to_stop
             code = await server.stop()
-        if not alive or code:
-            raise process.ended("before it was told to" if not alive else "when told to stop")
+        if died or code:
+            raise process.ended("before it was told to" if died else "when told to stop")
 
 
 class _NotifySocket:
