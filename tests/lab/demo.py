@@ -104,12 +104,24 @@ def _step(console: Console, what: str) -> Iterator[None]:
     console.print(f"[green]✓[/] {escape(what)} [dim]{took:.1f} s[/]", highlight=False)
 
 
+def _cancel_once(task: asyncio.Task[int]) -> None:
+    """Let Ctrl-C and its kin end the demo in order; once that has begun, further ones wait."""
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def cancel() -> None:
+        for number in numbers:
+            loop.add_signal_handler(number, lambda: None)
+        task.cancel()
+
+    for number in numbers:
+        loop.add_signal_handler(number, cancel)
+
+
 async def _main(console: Console, output: Path) -> int:
     task = asyncio.current_task()
     assert task
-    # Ctrl-C is asyncio.run's; a service manager's or CI's SIGTERM must clean up just as well.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    _cancel_once(task)
     report = Report()
     try:
         await demonstrate(console, report)
@@ -130,13 +142,15 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("build/demo/demo-results.json"))
     output: Path = parser.parse_args().output
     console = Console()
+    if not console.is_terminal:
+        console.width = 100
     lacks = host.lacks_guest() or host.lacks_network()
     if lacks:
         console.print(f"demo: {lacks}")
         return 2
     try:
         return asyncio.run(_main(console, output))
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except asyncio.CancelledError:
         console.print("demo: interrupted; guest, server, bridge and files are gone")
         return 130
 

@@ -8,11 +8,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from .fio import FioResult
 from .iperf import IperfResult, PingResult
+
+_HEADINGS = ("IOPS", "MB/s", "Gbit/s", "mean µs", "p99 µs", "verified", "errors")
 
 
 @dataclass
@@ -50,12 +53,14 @@ class Report:
 
     def show(self, console: Console) -> None:
         """Print the table."""
-        table = Table(title="A stock Debian guest on devices served by one vdev process")
-        table.add_column("step")
-        for heading in (
-            "IOPS", "MB/s", "Gbit/s", "mean latency", "p99 latency", "verified", "errors"
-        ):  # fmt: skip
-            table.add_column(heading, justify="right")
+        table = Table(
+            title="A stock Debian guest on devices of one vdev process",
+            box=SIMPLE_HEAD,
+            padding=(0, 1),
+        )
+        table.add_column("step", no_wrap=True)
+        for heading in _HEADINGS:
+            table.add_column(heading, justify="right", no_wrap=True)
         for name, fio in self.block.items():
             table.add_row(name, *_fio_cells(fio))
         table.add_section()
@@ -90,7 +95,7 @@ def _both(result: FioResult) -> bool:
 
 
 def _us(microseconds: float) -> str:
-    return f"{microseconds:,.0f} µs"
+    return f"{microseconds:,.0f}"
 
 
 def _facts(machine: Mapping[str, Any]) -> str:

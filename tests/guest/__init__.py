@@ -1,0 +1,1 @@
+"""A stock Debian guest on devices that vdev serves."""
