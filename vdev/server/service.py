@@ -1,0 +1,122 @@
+"""A server as a program: until a signal or a command ends it, watched over a control socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+import vdev
+from vdev.blk.device import BlkDevice
+from vdev.errors import UserError
+from vdev.server.control import ControlServer, default_path
+from vdev.server.device_server import DeviceServer
+from vdev.server.notify import notify
+from vdev.units import parse_size
+
+_log = logging.getLogger("vdev.service")
+
+
+class Service:
+    """Runs device servers until SIGTERM, SIGINT or the command "stop".
+
+    ``control`` is the path of the control socket, None for the default place, False for none.
+    """
+
+    def __init__(self, *, control: str | bool | None = None) -> None:
+        self._control = control
+        self._servers: dict[str, DeviceServer] = {}
+        self._stop = asyncio.Event()
+        self._started = time.monotonic()
+
+    async def run(self, devices: AbstractAsyncContextManager[Sequence[DeviceServer]]) -> None:
+        """Serve what ``devices`` opens; returns when everything is closed again."""
+        loop = asyncio.get_running_loop()
+        # Before anything exists that a signal would leave behind.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        async with devices as servers, self._controlled():
+            self._servers = {server.device.name: server for server in servers}
+            notify("READY=1")
+            await self._stop.wait()
+            notify("STOPPING=1")
+
+    @contextlib.asynccontextmanager
+    async def _controlled(self) -> AsyncIterator[None]:
+        if self._control is False:
+            yield
+            return
+        named = isinstance(self._control, str)
+        server = ControlServer(
+            Path(str(self._control)) if named else default_path(),
+            {"status": self.status, "stop": self.stop, "resize": self.resize},
+        )
+        try:
+            await server.start()
+        except UserError as error:
+            # Nobody asked for the default one: a server serves without.
+            if named:
+                raise
+            _log.warning("no `vdev status` for this server: %s", error)
+        try:
+            yield
+        finally:
+            await server.close()
+
+    async def status(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The command "status"."""
+        threads = {id(t): t for server in self._servers.values() for t in server.iothreads}
+        return {
+            "pid": os.getpid(),
+            "version": vdev.__version__,
+            "uptime_s": round(time.monotonic() - self._started, 3),
+            "iothreads": [
+                {"tid": t.tid, "io_uring": t.has_io_uring, **t.stats()} for t in threads.values()
+            ],
+            "devices": [self._device_status(server) for server in self._servers.values()],
+        }
+
+    def _device_status(self, server: DeviceServer) -> dict[str, Any]:
+        device = server.device
+        status = {"name": device.name, **server.status()}
+        if isinstance(device, BlkDevice):
+            status["kind"] = "blk"
+            status["image"] = {
+                "path": device.image.path,
+                "kind": device.image.kind,
+                "size": device.image.size,
+                "read_only": device.image.read_only,
+                "cache": device.cache,
+                "direct": device.image.direct,
+                "writeback": device.writeback,
+            }
+        else:
+            status["kind"] = "net"
+        status["stats"] = device.stats()
+        return status
+
+    async def stop(self, request: dict[str, Any]) -> None:
+        """The command "stop": as SIGTERM does."""
+        self._stop.set()
+
+    async def resize(self, request: dict[str, Any]) -> dict[str, int]:
+        """The command "resize": {"device": name, "size": bytes or "2G" or none = look again}."""
+        name, size = request.get("device"), request.get("size")
+        server = self._servers.get(name) if isinstance(name, str) else None
+        if server is None or not isinstance(server.device, BlkDevice):
+            disks = [n for n, s in self._servers.items() if isinstance(s.device, BlkDevice)]
+            raise UserError(
+                f"device {name!r} is no block device of this server: {', '.join(disks)}"
+            )
+        if isinstance(size, str):
+            size = parse_size(size)
+        if not (size is None or (isinstance(size, int) and not isinstance(size, bool))):
+            raise UserError(f"size {size!r}: bytes, or text like 2GiB")
+        return {"size": server.device.resize(size)}
