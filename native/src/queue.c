@@ -1,0 +1,332 @@
+/*
+ * The life of a served queue.
+ *
+ *   new --start--> running --stop--> drained --free
+ *                   |   ^
+ *                memory |  (drains, then goes on in the new table)
+ *
+ * Control reaches a running queue only by messages, which the iothread carries out between two
+ * passes.  STOP and MEMORY wait in q->draining until nothing is in flight.  A broken queue pops
+ * no more but still completes what it had popped, and still answers every message.
+ */
+#include "internal.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+/* Room for buffers that straddle regions, beyond one iovec a descriptor. */
+enum { IOV_SLACK = 64 };
+
+static int dup_fd(int fd)
+{
+    if (fd < 0)
+        return -1;
+    int copy = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    return copy < 0 ? -errno : copy;
+}
+
+static void close_fd(int *fd)
+{
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+}
+
+/* The peer owns the counter and may have filled it: a write must not block the iothread. */
+static void signal_fd(int fd)
+{
+    struct pollfd p = {.fd = fd, .events = POLLOUT};
+
+    if (fd >= 0 && poll(&p, 1, 0) == 1 && (p.revents & POLLOUT))
+        eventfd_write(fd, 1);
+}
+
+static void set_call(struct vhost_queue *q, int fd)
+{
+    close_fd(&q->call_fd);
+    q->call_fd = fd;
+    int flags = fd >= 0 ? fcntl(fd, F_GETFL) : 0;
+    q->call_blocks = flags >= 0 && !(flags & O_NONBLOCK);
+}
+
+static int queue_init(struct vhost_queue *q, const struct vhost_queue_config *config)
+{
+    int err = ring_map(q);
+    if (err < 0)
+        return err;
+    q->chain_max = q->ops->chain_max > q->ring.size ? q->ops->chain_max : q->ring.size;
+    q->iov_max = q->chain_max + IOV_SLACK;
+    q->iov = calloc(q->iov_max, sizeof(*q->iov));
+    q->table = calloc(q->chain_max, sizeof(*q->table));
+    q->busy = calloc((q->ring.size + 63u) / 64, sizeof(*q->busy));
+    if (!q->iov || !q->table || !q->busy)
+        return -ENOMEM;
+
+    int kick = dup_fd(config->kick_fd), call = dup_fd(config->call_fd),
+        error = dup_fd(config->err_fd);
+    q->kick_fd = kick;
+    set_call(q, call);
+    q->err_fd = error;
+    if (kick < -1 || call < -1 || error < -1)
+        return -EMFILE;
+    return q->ops->queue_open(q);
+}
+
+static void queue_destroy(struct vhost_queue *q)
+{
+    if (q->state)
+        q->ops->queue_close(q);
+    close_fd(&q->kick_fd);
+    close_fd(&q->call_fd);
+    close_fd(&q->err_fd);
+    vhost_memory_unref(q->memory);
+    free(q->iov);
+    free(q->table);
+    free(q->busy);
+    free(q);
+}
+
+int vhost_queue_new(const struct vhost_queue_config *config, struct vhost_device *device,
+                    struct vhost_memory *memory, struct vhost_queue **out)
+{
+    uint32_t size = config->size;
+
+    if (config->index >= device->num_queues)
+        return -ERANGE;
+    if (size == 0 || size > VIRTQUEUE_MAX_SIZE || (size & (size - 1)))
+        return -EINVAL;
+    struct vhost_queue *q = calloc(1, sizeof(*q));
+    if (!q)
+        return -ENOMEM;
+    memory_ref(memory);
+    q->memory = memory;
+    q->faults_seen = atomic_load(&memory_faults);
+    q->device = device;
+    q->ops = device->ops;
+    q->index = config->index;
+    q->stats = &device->stats[config->index];
+    q->features = config->features;
+    q->token = config->token;
+    q->enabled = config->enabled;
+    q->kick_fd = q->call_fd = q->err_fd = -1;
+    q->desc_addr = config->desc;
+    q->avail_addr = config->avail;
+    q->used_addr = config->used;
+    q->ring = (struct ring){
+        .size = (uint16_t)size,
+        .next_avail = config->next_index,
+        .used_idx = config->next_index,
+        .called_idx = config->next_index,
+        .event_idx = has_bit(config->features, VIRTIO_F_EVENT_IDX),
+        .indirect = has_bit(config->features, VIRTIO_F_INDIRECT_DESC),
+    };
+    int err = queue_init(q, config);
+    if (err < 0) {
+        queue_destroy(q);
+        return err;
+    }
+    *out = q;
+    return 0;
+}
+
+int vhost_queue_free(struct vhost_queue *q)
+{
+    if (!q)
+        return 0;
+    if (q->thread)
+        return -EBUSY;
+    queue_destroy(q);
+    return 0;
+}
+
+void queue_break(struct vhost_queue *q, enum vhost_fault fault)
+{
+    if (q->broken)
+        return;
+    q->broken = true;
+    count(q, VHOST_COUNTER_BREAKS, 1);
+    signal_fd(q->err_fd);
+    struct vhost_event event = {.kind = VHOST_EVENT_BROKEN, .token = q->token, .value = fault};
+    events_post(iothread_events(q->thread), &event);
+}
+
+/* ---- messages: the control thread's end ---- */
+
+static int post(struct vhost_queue *q, struct queue_message message)
+{
+    struct queue_message *m = malloc(sizeof(*m));
+
+    if (!m)
+        return -ENOMEM;
+    *m = message;
+    m->queue = q;
+    return iothread_post(q->thread, m);
+}
+
+static int post_fd(struct vhost_queue *q, enum queue_op op, int fd, uint64_t token)
+{
+    if (!q->thread)
+        return -EINVAL;
+    int copy = dup_fd(fd);
+    if (copy < -1)
+        return copy;
+    return post(q, (struct queue_message){.op = op, .fd = copy, .token = token});
+}
+
+int vhost_queue_start(struct vhost_queue *q, struct vhost_iothread *thread, uint64_t token)
+{
+    if (q->thread)
+        return -EBUSY;
+    q->thread = thread;
+    return post(q, (struct queue_message){.op = QUEUE_START, .token = token});
+}
+
+int vhost_queue_stop(struct vhost_queue *q, uint64_t token)
+{
+    if (!q->thread)
+        return -EINVAL;
+    return post(q, (struct queue_message){.op = QUEUE_STOP, .token = token});
+}
+
+int vhost_queue_set_call(struct vhost_queue *q, int fd, uint64_t token)
+{
+    return post_fd(q, QUEUE_CALL, fd, token);
+}
+
+int vhost_queue_set_err(struct vhost_queue *q, int fd, uint64_t token)
+{
+    return post_fd(q, QUEUE_ERR, fd, token);
+}
+
+int vhost_queue_set_kick(struct vhost_queue *q, int fd, uint64_t token)
+{
+    return post_fd(q, QUEUE_KICK, fd, token);
+}
+
+int vhost_queue_set_enabled(struct vhost_queue *q, bool enabled, uint64_t token)
+{
+    if (!q->thread)
+        return -EINVAL;
+    return post(q, (struct queue_message){.op = QUEUE_ENABLE, .enabled = enabled, .token = token});
+}
+
+int vhost_queue_set_memory(struct vhost_queue *q, struct vhost_memory *memory, uint64_t token)
+{
+    if (!q->thread)
+        return -EINVAL;
+    memory_ref(memory);
+    return post(q, (struct queue_message){.op = QUEUE_MEMORY, .memory = memory, .token = token});
+}
+
+/* ---- messages: the iothread's end ---- */
+
+/* Answers and frees the message.  After a stop the queue is the control thread's again. */
+static void answer(struct queue_message *m, int result, uint64_t value)
+{
+    struct vhost_queue *q = m->queue;
+    struct vhost_events *events = iothread_events(q->thread);
+    struct vhost_event event = {
+        .kind = VHOST_EVENT_DONE, .token = m->token, .result = result, .value = value};
+
+    if (m->op == QUEUE_STOP || (m->op == QUEUE_START && result < 0))
+        q->thread = NULL;
+    free(m);
+    events_post(events, &event);
+}
+
+static void start(struct queue_message *m)
+{
+    struct vhost_queue *q = m->queue;
+    int err = iothread_add_queue(q->thread, q);
+
+    if (err == 0 && q->ops->attach) {
+        err = q->ops->attach(q);
+        if (err < 0)
+            iothread_remove_queue(q->thread, q);
+    }
+    if (err == 0) {
+        q->running = true;
+        iothread_schedule(q);
+    }
+    answer(m, err, 0);
+}
+
+static void begin_drain(struct queue_message *m)
+{
+    struct vhost_queue *q = m->queue;
+
+    if (q->draining) {
+        vhost_memory_unref(m->memory);
+        answer(m, -EBUSY, 0);
+        return;
+    }
+    q->draining = m;
+    if (q->ops->quiesce)
+        q->ops->quiesce(q);
+    queue_settle(q);
+}
+
+void queue_settle(struct vhost_queue *q)
+{
+    struct queue_message *m = q->draining;
+
+    if (!m || q->in_flight)
+        return;
+    q->draining = NULL;
+    if (q->dirty)
+        iothread_publish(q->thread);
+    if (m->op == QUEUE_STOP) {
+        if (q->ops->detach)
+            q->ops->detach(q);
+        iothread_remove_queue(q->thread, q);
+        q->running = false;
+        answer(m, 0, q->ring.next_avail);
+        return;
+    }
+    vhost_memory_unref(q->memory);
+    q->memory = m->memory;
+    q->memory_hint = 0;
+    if (ring_map(q) < 0)
+        queue_break(q, VHOST_FAULT_RING_UNMAPPED);
+    iothread_schedule(q);
+    answer(m, 0, 0);
+}
+
+void queue_handle(struct queue_message *m)
+{
+    struct vhost_queue *q = m->queue;
+    int err = 0;
+
+    switch (m->op) {
+    case QUEUE_START:
+        start(m);
+        return;
+    case QUEUE_STOP:
+    case QUEUE_MEMORY:
+        begin_drain(m);
+        return;
+    case QUEUE_CALL:
+        set_call(q, m->fd);
+        /* Whoever waits on the new one may have missed calls to the old one. */
+        signal_fd(q->call_fd);
+        break;
+    case QUEUE_ERR:
+        close_fd(&q->err_fd);
+        q->err_fd = m->fd;
+        break;
+    case QUEUE_KICK:
+        err = iothread_set_kick(q->thread, q, m->fd);
+        iothread_schedule(q);
+        break;
+    case QUEUE_ENABLE:
+        q->enabled = m->enabled;
+        if (!q->enabled && q->ops->quiesce)
+            q->ops->quiesce(q);
+        iothread_schedule(q);
+        break;
+    }
+    answer(m, err, 0);
+}
