@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import errno
 import os
-from bisect import bisect_right
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import Any, Protocol
 
 from vdev._native import ffi, lib
 from vdev.errors import PeerError
 
 ADDRESS_SPACE = 1 << 64
+MAX_OFFSET = (1 << 63) - 1  # of off_t
 
 _MAP_ERRORS = {
     errno.EINVAL: "its size is 0 or one of its addresses wraps",
@@ -34,16 +35,27 @@ _MAP_ERRORS = {
 }
 
 
+class AddressRange(Protocol):
+    """`size` bytes at a guest address and at a user address: a Region, or the promise of one."""
+
+    @property
+    def guest_addr(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def user_addr(self) -> int: ...
+
+
 class Region:
     """A part of a file, mapped at `guest_addr` (and at `user_addr` in the front-end).
 
     All sizes and addresses are in bytes.
     """
 
-    __slots__ = ("_native", "guest_addr", "size", "user_addr")
+    __slots__ = ("guest_addr", "native", "size", "user_addr")
 
     def __init__(self, native: Any, guest_addr: int, size: int, user_addr: int) -> None:
-        self._native = native
+        self.native = native
         self.guest_addr = guest_addr
         self.size = size
         self.user_addr = user_addr
@@ -54,10 +66,10 @@ class Region:
 
         Raises PeerError where the file or the numbers are wrong, OSError where mapping fails.
         """
-        if size == 0 or any(at + size > ADDRESS_SPACE for at in (guest_addr, user_addr, offset)):
-            raise PeerError(
-                f"memory region at {guest_addr:#x}, {size:#x} bytes: {_MAP_ERRORS[errno.EINVAL]}"
-            )
+        region = cls(None, guest_addr, size, user_addr)
+        check_range(region)
+        if offset > MAX_OFFSET - size:
+            raise PeerError(f"memory region at {guest_addr:#x}: offset {offset:#x} is too large")
         out = ffi.new("struct vhost_region **")
         result = lib.vhost_region_map(fd, offset, guest_addr, size, out)
         if result < 0:
@@ -68,7 +80,8 @@ class Region:
                 f"memory region at {guest_addr:#x}, {size:#x} bytes at offset {offset:#x} "
                 f"of fd {fd}: {reason}"
             )
-        return cls(ffi.gc(out[0], lib.vhost_region_unref), guest_addr, size, user_addr)
+        region.native = ffi.gc(out[0], lib.vhost_region_unref)
+        return region
 
     def __repr__(self) -> str:
         return f"<Region guest={self.guest_addr:#x} size={self.size:#x} user={self.user_addr:#x}>"
@@ -77,36 +90,61 @@ class Region:
 class GuestMemory:
     """An immutable set of regions, none sharing guest or user addresses with another."""
 
-    __slots__ = ("_by_user", "_starts", "native", "regions")
+    __slots__ = ("native", "regions")
 
     def __init__(self, regions: Iterable[Region]) -> None:
         """Raises PeerError where two regions overlap."""
-        self.regions = tuple(sorted(regions, key=lambda region: region.guest_addr))
-        self._by_user = sorted(self.regions, key=lambda region: region.user_addr)
-        self._starts = [region.user_addr for region in self._by_user]
-        for low, high in zip(self._by_user, self._by_user[1:], strict=False):
-            if low.user_addr + low.size > high.user_addr:
-                raise PeerError(f"memory regions share user addresses: {low!r} and {high!r}")
-        pointers = ffi.new("struct vhost_region *[]", [r._native for r in self.regions])
+        self.regions = tuple(regions)
+        check_overlaps(self.regions)
+        pointers = ffi.new("struct vhost_region *[]", [r.native for r in self.regions])
         out = ffi.new("struct vhost_memory **")
         result = lib.vhost_memory_new(pointers, len(self.regions), out)
-        if result == -errno.EEXIST:
-            raise PeerError(f"memory regions share guest addresses: {self.regions!r}")
         if result < 0:
             raise OSError(-result, os.strerror(-result), "memory table")
         self.native = ffi.gc(out[0], lib.vhost_memory_unref)
 
     def guest_address(self, user_addr: int, size: int) -> int:
-        """The guest address of `size` bytes at `user_addr`, which one region must hold whole.
+        """See the function of that name."""
+        return guest_address(self.regions, user_addr, size)
 
-        Raises PeerError otherwise.  (Checking the first byte alone was CVE-2018-1059.)
-        """
-        at = bisect_right(self._starts, user_addr) - 1
-        if at >= 0:
-            region = self._by_user[at]
-            offset = user_addr - region.user_addr
-            if size <= region.size and offset <= region.size - size:
-                return region.guest_addr + offset
-        raise PeerError(
-            f"{size} bytes at user address {user_addr:#x}: not within one memory region"
-        )
+
+def check_range(what: AddressRange) -> None:
+    """Raises PeerError for a range that is empty or wraps."""
+    if what.size == 0:
+        raise PeerError(f"memory region at {what.guest_addr:#x} of size 0")
+    for kind, start in (("guest", what.guest_addr), ("user", what.user_addr)):
+        if start + what.size > ADDRESS_SPACE:
+            raise PeerError(
+                f"memory region of {what.size:#x} bytes: from its {kind} address {start:#x} it "
+                "goes past the end of the address space"
+            )
+
+
+def check_overlaps(ranges: Iterable[AddressRange]) -> None:
+    """Raises PeerError where two ranges share guest or user addresses."""
+    ranges = tuple(ranges)
+    for kind, start in _KINDS:
+        for low, high in pairwise(sorted(ranges, key=start)):
+            if start(low) + low.size > start(high):
+                raise PeerError(
+                    f"memory regions share {kind} addresses: {low.size:#x} bytes at "
+                    f"{start(low):#x} reach the one at {start(high):#x}"
+                )
+
+
+def guest_address(ranges: Iterable[AddressRange], user_addr: int, size: int) -> int:
+    """The guest address of `size` bytes at `user_addr`, which one range must hold whole.
+
+    Raises PeerError otherwise.  (Checking the first byte alone was CVE-2018-1059.)
+    """
+    for held in ranges:
+        offset = user_addr - held.user_addr
+        if offset >= 0 and offset + size <= held.size:
+            return held.guest_addr + offset
+    raise PeerError(f"{size} bytes at user address {user_addr:#x}: not within one memory region")
+
+
+_KINDS: tuple[tuple[str, Callable[[AddressRange], int]], ...] = (
+    ("guest", lambda held: held.guest_addr),
+    ("user", lambda held: held.user_addr),
+)

@@ -1,0 +1,407 @@
+"""What a front-end has said so far, and whether what it says next is acceptable.
+
+Theory of operation.  `Session.check` turns a framed message into a `Request`: known, offered,
+of the right size, with the right number of descriptors, fitting the state.  It changes nothing.
+Whoever acts on the request then calls `Session.commit`, and only then does the state move.  So a
+message that is refused, or whose effect fails, leaves no trace (policy E).
+
+Rule 1: no I/O here.  Memory regions and rings are numbers; mapping and serving are the backend's.
+Rule 2: a ring has two independent properties, started and enabled.  It starts with its kick fd and
+stops with GET_VRING_BASE; enabling only gates the service ("Ring states").
+
+Source: vhost-user specification, "Starting and stopping rings" and "Front-end message types".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from vdev._native import ffi, lib
+from vdev.errors import NotSupported, PeerError
+from vdev.memory import check_overlaps
+from vdev.virtio.vhost_user.codec import Message
+from vdev.virtio.vhost_user.layout import (
+    MAX_SIZE,
+    Placement,
+    check_parts,
+    check_region,
+    place_ring,
+)
+from vdev.virtio.vhost_user.payloads import ConfigAccess, MemoryRegion, VringAddr, VringState
+from vdev.virtio.vhost_user.table import TABLE, Needs, Row
+
+F_PROTOCOL: int = 1 << lib.VHOST_USER_F_PROTOCOL_FEATURES
+F_VERSION_1: int = 1 << lib.VIRTIO_F_VERSION_1
+MEM_SLOTS: int = lib.VHOST_USER_MEM_SLOTS
+
+_INDEX_MASK: int = lib.VHOST_USER_VRING_INDEX_MASK
+_NOFD: int = lib.VHOST_USER_VRING_NOFD
+_DRIVER_OK: int = lib.VIRTIO_STATUS_DRIVER_OK
+_FEATURES_OK: int = lib.VIRTIO_STATUS_FEATURES_OK
+_STATUS_BITS: int = sum(ffi.typeof("enum virtio_status").elements)
+_RING_FLAGS = 1  # VHOST_VRING_F_LOG
+_CONFIG_FLAGS = (0, 1)  # VHOST_SET_CONFIG_TYPE_FRONTEND, _MIGRATION
+_MAX_BASE = 0xFFFF
+
+
+class VringFd(NamedTuple):
+    """SET_VRING_KICK, CALL, ERR: whether a descriptor comes along for the ring."""
+
+    index: int
+    has_fd: bool
+
+
+class Request(NamedTuple):
+    """A checked message: its row and its decoded payload."""
+
+    row: Row
+    body: Any
+
+
+@dataclass(slots=True)
+class Ring:
+    """What is known of a ring. `placement` is in guest addresses, from when it was started."""
+
+    index: int
+    size: int = 0
+    addresses: VringAddr | None = None
+    base: int = 0
+    enabled: bool = False
+    placement: Placement | None = None
+
+    @property
+    def started(self) -> bool:
+        return self.placement is not None
+
+
+class Session:
+    """The state of one connection.
+
+    features: the device's.  protocol_features: those offered.  num_queues: rings of the device.
+    config_size: bytes of its configuration space.
+    """
+
+    def __init__(
+        self, *, features: int, protocol_features: int, num_queues: int, config_size: int
+    ) -> None:
+        self.offered = features | F_PROTOCOL
+        self.offered_protocol = protocol_features
+        self.config_size = config_size
+        self.owned = False
+        self.features: int | None = None
+        self.protocol_features: int | None = None
+        self.status = 0
+        self.regions: tuple[MemoryRegion, ...] = ()
+        self.rings = [Ring(index) for index in range(num_queues)]
+
+    def has_protocol(self, bit: int) -> bool:
+        """Whether the protocol feature was agreed."""
+        return bool((self.protocol_features or 0) >> bit & 1)
+
+    @property
+    def protocol_agreed(self) -> bool:
+        """Whether the front-end knows protocol features.
+
+        They may be set before the virtio features, and QEMU enables rings of a net device in
+        between; later the virtio feature bit decides.
+        """
+        if self.features is None:
+            return self.protocol_features is not None
+        return bool(self.features & F_PROTOCOL)
+
+    def check(self, message: Message) -> Request:
+        """Raises PeerError where the message is not acceptable now; changes nothing."""
+        row = TABLE.get(message.request)
+        if row is None:
+            raise NotSupported(f"request {message.request}: unknown")
+        try:
+            return Request(row, self._check(row, message))
+        except NotSupported as error:
+            raise NotSupported(f"{row.name}: {error}") from None
+        except PeerError as error:
+            raise PeerError(f"{row.name}: {error}") from None
+
+    def commit(self, request: Request) -> None:
+        """The request was carried out: the state moves."""
+        if handler := _COMMITS.get(request.row.handler):
+            handler(self, request.body)
+
+    def unplaceable(self, regions: tuple[MemoryRegion, ...]) -> list[int]:
+        """The started rings that would not lie within these regions."""
+        lost = []
+        for ring in self.rings:
+            if ring.started and ring.addresses is not None:
+                try:
+                    place_ring(regions, ring.addresses, ring.size)
+                except PeerError:
+                    lost.append(ring.index)
+        return lost
+
+    def _check(self, row: Row, message: Message) -> Any:
+        if row.refusal is not None:
+            raise NotSupported(row.refusal)
+        bit = row.protocol_feature
+        if bit is not None and not self.has_protocol(bit):
+            raise NotSupported(f"protocol feature {bit} was not agreed")
+        fewest, most = row.fds
+        if not fewest <= len(message.fds) <= most:
+            raise PeerError(
+                f"{len(message.fds)} file descriptors, expected "
+                f"{fewest if fewest == most else f'{fewest} to {most}'}"
+            )
+        body = row.payload.decode(message.payload)
+        self._check_needs(row.needs, message, body)
+        if handler := _CHECKS.get(row.handler):
+            body = handler(self, body, len(message.fds))
+        return body
+
+    def _check_needs(self, needs: Needs, message: Message, body: Any) -> None:
+        if needs & Needs.NO_OWNER and self.owned:
+            raise PeerError("the session has an owner already")
+        if needs & Needs.PROTOCOL and not self.protocol_agreed:
+            raise PeerError("VHOST_USER_F_PROTOCOL_FEATURES was not agreed")
+        if needs & Needs.FEATURES and self.features is None:
+            raise PeerError("SET_FEATURES must come before")
+        if needs & Needs.MEMORY and not self.regions:
+            raise PeerError("the memory table must come before")
+        if needs & Needs.RING_READY:
+            ring = self._ring(body & _INDEX_MASK)
+            if not ring.size or ring.addresses is None:
+                raise PeerError(f"size and addresses of ring {ring.index} must come before")
+
+    def _ring(self, index: int) -> Ring:
+        if index >= len(self.rings):
+            raise PeerError(f"ring {index}, but the device has {len(self.rings)}")
+        return self.rings[index]
+
+    # What is particular to a message: the checks, and below them the moves of the state.
+
+    def check_set_features(self, body: int, _fds: int) -> int:
+        if extra := body & ~self.offered:
+            raise PeerError(f"features {extra:#x} were not offered")
+        if self.features is not None and body != self.features and self._running():
+            raise PeerError("features cannot change while rings run")
+        return body
+
+    def check_set_protocol_features(self, body: int, _fds: int) -> int:
+        if extra := body & ~self.offered_protocol:
+            raise PeerError(f"protocol features {extra:#x} were not offered")
+        return body
+
+    def check_set_mem_table(
+        self, body: tuple[MemoryRegion, ...], fds: int
+    ) -> tuple[MemoryRegion, ...]:
+        if fds != len(body):
+            raise PeerError(f"{fds} file descriptors for {len(body)} memory regions")
+        for region in body:
+            check_region(region)
+        check_overlaps(body)
+        return body
+
+    def check_add_mem_reg(self, body: MemoryRegion, _fds: int) -> MemoryRegion:
+        if len(self.regions) >= MEM_SLOTS:
+            raise PeerError(f"all {MEM_SLOTS} memory slots are taken")
+        check_region(body)
+        check_overlaps((*self.regions, body))
+        return body
+
+    def check_rem_mem_reg(self, body: MemoryRegion, _fds: int) -> MemoryRegion:
+        """The region with the same addresses and size; the offset does not count."""
+        for region in self.regions:
+            if region[:3] == body[:3]:
+                return region
+        raise PeerError(
+            f"no memory region of {body.size:#x} bytes at guest address {body.guest_addr:#x}, "
+            f"user address {body.user_addr:#x}"
+        )
+
+    def check_set_vring_num(self, body: VringState, _fds: int) -> VringState:
+        ring = self._ring(body.index)
+        # virtio 1.3, section 2.7: a power of 2, at most 32768
+        if not 1 <= body.num <= MAX_SIZE or body.num & (body.num - 1):
+            raise PeerError(f"ring size {body.num}, expected a power of 2 up to {MAX_SIZE}")
+        if ring.started and body.num != ring.size:
+            raise PeerError(f"the size of ring {ring.index} cannot change while it runs")
+        return body
+
+    def check_set_vring_addr(self, body: VringAddr, _fds: int) -> VringAddr:
+        ring = self._ring(body.index)
+        if extra := body.flags & ~_RING_FLAGS:
+            raise PeerError(f"ring flags {extra:#x} are unknown")
+        placement = place_ring(self.regions, body, ring.size or 1)
+        # A running ring may be told its addresses again, to switch logging of the used ring.
+        if ring.started and placement != ring.placement:
+            raise PeerError(f"the addresses of ring {ring.index} cannot change while it runs")
+        return body
+
+    def check_set_vring_base(self, body: VringState, _fds: int) -> VringState:
+        ring = self._ring(body.index)
+        if body.num > _MAX_BASE:
+            raise PeerError(f"ring base {body.num}, at most {_MAX_BASE} for a split ring")
+        if ring.started:
+            raise PeerError(f"the base of ring {ring.index} cannot change while it runs")
+        return body
+
+    def check_get_vring_base(self, body: VringState, _fds: int) -> VringState:
+        self._ring(body.index)
+        return body
+
+    def check_set_vring_enable(self, body: VringState, _fds: int) -> VringState:
+        self._ring(body.index)
+        if body.num not in (0, 1):
+            raise PeerError(f"ring state {body.num}, expected 0 or 1")
+        return body
+
+    def check_vring_fd(self, body: int, fds: int) -> VringFd:
+        if extra := body & ~(_INDEX_MASK | _NOFD):
+            raise PeerError(f"bits {extra:#x} of the ring index are reserved")
+        ring = self._ring(body & _INDEX_MASK)
+        has_fd = not body & _NOFD
+        if has_fd != bool(fds):
+            raise PeerError(
+                f"{fds} file descriptors where the index says {'one' if has_fd else 'none'}"
+            )
+        return VringFd(ring.index, has_fd)
+
+    check_set_vring_call = check_vring_fd
+    check_set_vring_err = check_vring_fd
+
+    def check_set_vring_kick(self, body: int, fds: int) -> VringFd:
+        checked = self.check_vring_fd(body, fds)
+        self.place(checked.index)
+        return checked
+
+    def place(self, index: int) -> Placement:
+        """Where ring `index` lies now; it must overlap no running one. Raises PeerError."""
+        ring = self._ring(index)
+        assert ring.addresses is not None
+        placement = place_ring(self.regions, ring.addresses, ring.size)
+        others = (r.placement for r in self.rings if r is not ring and r.placement)
+        check_parts([*placement, *(part for other in others for part in other)])
+        return placement
+
+    def check_net_set_mtu(self, body: int, _fds: int) -> int:
+        low, high = lib.VIRTIO_NET_MTU_MIN, lib.VIRTIO_NET_MTU_MAX
+        if not low <= body <= high:
+            raise PeerError(f"MTU {body}, expected {low} to {high}")
+        return body
+
+    def check_send_rarp(self, body: int, _fds: int) -> int:
+        if body >> 48:
+            raise PeerError(f"{body:#x} is not a MAC address")
+        return body
+
+    def check_get_config(self, body: ConfigAccess, _fds: int) -> ConfigAccess | None:
+        """None where the access is out of bounds: the answer is a zero-size payload."""
+        inside = body.size > 0 and body.offset + body.size <= self.config_size
+        return body if inside and body.flags in _CONFIG_FLAGS else None
+
+    def check_set_config(self, body: ConfigAccess, _fds: int) -> ConfigAccess:
+        if body.flags not in _CONFIG_FLAGS:
+            raise PeerError(f"flags {body.flags:#x}, expected one of {_CONFIG_FLAGS}")
+        if body.size == 0 or body.offset + body.size > self.config_size:
+            raise PeerError(
+                f"{body.size} bytes at {body.offset} of a configuration space of "
+                f"{self.config_size} bytes"
+            )
+        return body
+
+    def check_set_status(self, body: int, _fds: int) -> int:
+        """virtio 1.3, section 2.1: bits are set one after another and cleared only by a reset.
+
+        QEMU sets FEATURES_OK before ACKNOWLEDGE and DRIVER, so their order is not checked.
+        """
+        if body == 0:
+            return body
+        if extra := body & ~_STATUS_BITS:
+            raise PeerError(f"status bits {extra:#x} are unknown")
+        if cleared := self.status & ~body:
+            raise PeerError(f"status bits {cleared:#x} can only be cleared by a reset")
+        modern = bool((self.features or 0) & F_VERSION_1)
+        if body & _DRIVER_OK and not body & _FEATURES_OK and (modern or self.features is None):
+            raise PeerError("DRIVER_OK without FEATURES_OK")
+        return body
+
+    def commit_set_owner(self, _body: None) -> None:
+        self.owned = True
+
+    def commit_reset_owner(self, _body: None) -> None:
+        """No longer defined; "disables all rings" is what back-ends agree on."""
+        self.owned = False
+        for ring in self.rings:
+            ring.enabled = False
+
+    def commit_set_features(self, body: int) -> None:
+        self.features = body
+        if not body & F_PROTOCOL:
+            # "the ring starts directly in the enabled state"
+            for ring in self.rings:
+                ring.enabled = True
+
+    def commit_set_protocol_features(self, body: int) -> None:
+        self.protocol_features = body
+
+    def commit_set_mem_table(self, body: tuple[MemoryRegion, ...]) -> None:
+        self._set_regions(body)
+
+    def commit_add_mem_reg(self, body: MemoryRegion) -> None:
+        self._set_regions((*self.regions, body))
+
+    def commit_rem_mem_reg(self, body: MemoryRegion) -> None:
+        self._set_regions(tuple(region for region in self.regions if region is not body))
+
+    def _set_regions(self, regions: tuple[MemoryRegion, ...]) -> None:
+        """Rings that are no longer in memory stop; others may lie elsewhere for the guest."""
+        lost = self.unplaceable(regions)
+        self.regions = regions
+        for ring in self.rings:
+            if ring.index in lost:
+                ring.placement = None
+            elif ring.started and ring.addresses is not None:
+                ring.placement = place_ring(regions, ring.addresses, ring.size)
+
+    def commit_set_vring_num(self, body: VringState) -> None:
+        self.rings[body.index].size = body.num
+
+    def commit_set_vring_addr(self, body: VringAddr) -> None:
+        self.rings[body.index].addresses = body
+
+    def commit_set_vring_base(self, body: VringState) -> None:
+        self.rings[body.index].base = body.num
+
+    def commit_get_vring_base(self, body: VringState) -> None:
+        self.rings[body.index].placement = None
+
+    def commit_set_vring_kick(self, body: VringFd) -> None:
+        self.rings[body.index].placement = self.place(body.index)
+
+    def commit_set_vring_enable(self, body: VringState) -> None:
+        self.rings[body.index].enabled = bool(body.num)
+
+    def commit_set_status(self, body: int) -> None:
+        if body == 0:
+            self.commit_reset_device(None)
+        self.status = body
+
+    def commit_reset_device(self, _body: None) -> None:
+        """All as after connecting, but for what the front-end does not say again.
+
+        It keeps ownership and protocol features, and QEMU sends only changes of the memory.
+        """
+        self.status = 0
+        self.features = None
+        self.rings = [Ring(ring.index) for ring in self.rings]
+
+    def _running(self) -> bool:
+        return any(ring.started for ring in self.rings)
+
+
+_CHECKS: dict[str, Callable[..., Any]] = {}
+_COMMITS: dict[str, Callable[..., None]] = {}
+for _row in TABLE.values():
+    if _check := getattr(Session, f"check_{_row.handler}", None):
+        _CHECKS[_row.handler] = _check
+    if _commit := getattr(Session, f"commit_{_row.handler}", None):
+        _COMMITS[_row.handler] = _commit
