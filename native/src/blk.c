@@ -263,7 +263,8 @@ static bool service(struct vhost_queue *q)
     struct blk_request *r;
     uint32_t n = 0, shown = 0;
 
-    if (!q->enabled || !queue_may_pop(q))
+    q->no_kicks = !q->enabled || !queue_may_pop(q);
+    if (q->no_kicks)
         return false;
     uint32_t pending = ring_pending(q);
     if (pending == 0)
