@@ -22,7 +22,7 @@ def blk(arguments: Namespace) -> int:
 
     return _run(
         arguments,
-        lambda: Service(control=arguments.control).run(
+        lambda: Service(control=arguments.control or True).run(
             _one(
                 serve(
                     _endpoint(arguments),
@@ -46,7 +46,7 @@ def net(arguments: Namespace) -> int:
 
     return _run(
         arguments,
-        lambda: Service(control=arguments.control).run(
+        lambda: Service(control=arguments.control or True).run(
             _one(
                 serve(
                     _endpoint(arguments),

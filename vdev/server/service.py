@@ -27,10 +27,10 @@ _log = logging.getLogger("vdev.service")
 class Service:
     """Runs device servers until SIGTERM, SIGINT or the command "stop".
 
-    ``control`` is the path of the control socket, None for the default place, False for none.
+    ``control`` is the path of the control socket, True for the default place, False for none.
     """
 
-    def __init__(self, *, control: str | bool | None = None) -> None:
+    def __init__(self, *, control: str | bool = True) -> None:
         self._control = control
         self._servers: dict[str, DeviceServer] = {}
         self._stop = asyncio.Event()
@@ -53,16 +53,16 @@ class Service:
         if self._control is False:
             yield
             return
-        named = isinstance(self._control, str)
+        named = Path(self._control) if isinstance(self._control, str) else None
         server = ControlServer(
-            Path(str(self._control)) if named else default_path(),
+            named or default_path(),
             {"status": self.status, "stop": self.stop, "resize": self.resize},
         )
         try:
             await server.start()
         except UserError as error:
             # Nobody asked for the default one: a server serves without.
-            if named:
+            if named is not None:
                 raise
             _log.warning("no `vdev status` for this server: %s", error)
         try:
