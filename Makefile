@@ -19,9 +19,9 @@ setup:
 	@tests/lab/setup.sh
 
 clean:
-	rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	$(SUDO) rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	$(SUDO) find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The guest kernel, initrd and root file system are kept outside the checkout, shared by all.
 clean-cache:
-	rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/vdev"
+	$(SUDO) rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/vdev"

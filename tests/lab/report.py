@@ -56,7 +56,8 @@ class Report:
         table = Table(
             title="A stock Debian guest on devices of one vdev process",
             box=SIMPLE_HEAD,
-            padding=(0, 1),
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
         )
         table.add_column("step", no_wrap=True)
         for heading in _HEADINGS:

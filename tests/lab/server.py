@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .process import Process, running, while_running
+from .process import Process, run, running, while_running
 
 START_TIMEOUT = 60.0
 
@@ -81,12 +81,8 @@ class Server:
         return await self.process.stop()
 
     async def status(self) -> Any:
-        """What ``vdev status --json`` tells of the servers that run."""
-        process = await asyncio.create_subprocess_exec(
-            *command(), "status", "--json", stdout=asyncio.subprocess.PIPE
-        )
-        out, _ = await process.communicate()
-        return json.loads(out)
+        """What ``vdev status --json`` tells of it."""
+        return json.loads(await run(*command(), "status", str(self.process.pid), "--json"))
 
 
 @contextlib.asynccontextmanager
