@@ -1,0 +1,46 @@
+"""`victim`: a vdev server as a real process, checked after every case of the catalogue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from .target import Target
+
+
+class Holder:
+    """One server for all cases, so that the catalogue is a soak test as well; a case that breaks
+    it gets blamed, and the next one a fresh server."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self._factory = factory
+        self._target: Target | None = None
+
+    def get(self) -> Target:
+        if self._target is None:
+            self._target = Target(self._factory.mktemp("hostile"))
+        return self._target
+
+    def drop(self) -> None:
+        if self._target is not None:
+            self._target.close()
+        self._target = None
+
+
+@pytest.fixture(scope="session")
+def holder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Holder]:
+    kept = Holder(tmp_path_factory)
+    yield kept
+    kept.drop()
+
+
+@pytest.fixture
+def victim(holder: Holder) -> Iterator[Target]:
+    target = holder.get()
+    yield target
+    try:
+        target.check_recovered()
+    except BaseException:
+        holder.drop()
+        raise
