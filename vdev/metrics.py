@@ -61,7 +61,8 @@ def _read(native: Any, index: int) -> tuple[list[int], list[int]]:
     result = lib.vhost_device_read_stats(native, index, stats)
     if result < 0:
         raise OSError(-result, os.strerror(-result), f"counters of queue {index}")
-    return list(stats.counter), list(stats.latency)
+    # The set has room behind the last counter that exists.
+    return list(stats.counter)[: len(COUNTERS)], list(stats.latency)
 
 
 def _named(counters: Sequence[int], histogram: Sequence[int]) -> dict[str, Any]:
