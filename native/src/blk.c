@@ -120,8 +120,7 @@ static void on_done(struct io_op *op, int32_t result)
             }
         }
     }
-    uint64_t now = now_ns();
-    blk_request_finish(r, result, now);
+    blk_request_finish(r, result, iothread_now(q->thread));
     iothread_schedule(q);
 }
 

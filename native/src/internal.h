@@ -238,6 +238,8 @@ void iothread_mark_dirty(struct vhost_queue *q);
 /* Publishes every queue that was pushed to: one call a queue. */
 void iothread_publish(struct vhost_iothread *thread);
 struct vhost_events *iothread_events(struct vhost_iothread *thread);
+/* The time of the present batch of completions, messages or events. */
+uint64_t iothread_now(const struct vhost_iothread *thread);
 /* NULL where io_uring is refused.  Submission happens once a pass. */
 struct io_uring *iothread_uring(struct vhost_iothread *thread);
 /* Watches `events` (EPOLLIN...); 0 stops. */

@@ -52,12 +52,18 @@ struct vhost_iothread {
     struct vhost_queue **polling;
     uint32_t num_polling;
     uint64_t poll_ns, poll_max_ns;
+    uint64_t now; /* read once for each batch of events, completions or messages */
     struct vhost_iothread_stats stats;
 };
 
 struct vhost_events *iothread_events(struct vhost_iothread *t)
 {
     return t->events;
+}
+
+uint64_t iothread_now(const struct vhost_iothread *t)
+{
+    return t->now;
 }
 
 struct io_uring *iothread_uring(struct vhost_iothread *t)
@@ -108,6 +114,7 @@ static void take_mail(struct vhost_iothread *t)
     t->completed = NULL;
     pthread_mutex_unlock(&t->lock);
 
+    t->now = now_ns();
     while (op) {
         struct io_op *next = op->next;
         op->done(op, op->result);
@@ -188,7 +195,7 @@ void iothread_schedule(struct vhost_queue *q)
 {
     struct vhost_iothread *t = q->thread;
 
-    q->active_ns = now_ns();
+    q->active_ns = t->now;
     if (q->polling || q->broken)
         return;
     q->polling = true;
@@ -259,6 +266,7 @@ static bool reap_uring(struct vhost_iothread *t)
         io_uring_submit(&t->uring);
     if (io_uring_peek_cqe(&t->uring, &cqe) != 0)
         return false;
+    t->now = now_ns();
     io_uring_for_each_cqe(&t->uring, head, cqe)
     {
         struct io_op *op = io_uring_cqe_get_data(cqe);
@@ -342,8 +350,9 @@ static void sleep_until_event(struct vhost_iothread *t, uint64_t now, int timeou
     struct epoll_event events[EPOLL_BATCH];
     int n = epoll_wait(t->epoll_fd, events, EPOLL_BATCH, timeout);
 
+    t->now = now_ns();
     if (timeout != 0) {
-        adapt_window(t, now_ns() - now);
+        adapt_window(t, t->now - now);
         __atomic_store_n(&t->stats.wakeups, t->stats.wakeups + 1, __ATOMIC_RELAXED);
     }
     for (int i = 0; i < n; i++)

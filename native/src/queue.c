@@ -147,6 +147,9 @@ void queue_break(struct vhost_queue *q, enum vhost_fault fault)
     if (q->broken)
         return;
     q->broken = true;
+    /* What was read out of memory that went away looks like many faults, but it is one. */
+    if (memory_is_broken(q->memory))
+        fault = VHOST_FAULT_MEMORY;
     count(q, VHOST_COUNTER_BREAKS, 1);
     signal_fd(q->err_fd);
     struct vhost_event event = {.kind = VHOST_EVENT_BROKEN, .token = q->token, .value = fault};
