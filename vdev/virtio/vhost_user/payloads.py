@@ -19,14 +19,14 @@ from vdev.virtio.vhost_user.codec import MAX_PAYLOAD
 
 
 class VringState(NamedTuple):
-    index: int
+    ring: int
     num: int
 
 
 class VringAddr(NamedTuple):
     """Ring addresses: front-end virtual ones; `log` is a guest address."""
 
-    index: int
+    ring: int
     flags: int
     desc: int
     used: int

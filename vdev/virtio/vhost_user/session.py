@@ -49,7 +49,7 @@ _MAX_BASE = 0xFFFF
 class VringFd(NamedTuple):
     """SET_VRING_KICK, CALL, ERR: whether a descriptor comes along for the ring."""
 
-    index: int
+    ring: int
     has_fd: bool
 
 
@@ -218,7 +218,7 @@ class Session:
         )
 
     def check_set_vring_num(self, body: VringState, _fds: int) -> VringState:
-        ring = self._ring(body.index)
+        ring = self._ring(body.ring)
         # virtio 1.3, section 2.7: a power of 2, at most 32768
         if not 1 <= body.num <= MAX_SIZE or body.num & (body.num - 1):
             raise PeerError(f"ring size {body.num}, expected a power of 2 up to {MAX_SIZE}")
@@ -227,7 +227,7 @@ class Session:
         return body
 
     def check_set_vring_addr(self, body: VringAddr, _fds: int) -> VringAddr:
-        ring = self._ring(body.index)
+        ring = self._ring(body.ring)
         if extra := body.flags & ~_RING_FLAGS:
             raise PeerError(f"ring flags {extra:#x} are unknown")
         placement = place_ring(self.regions, body, ring.size or 1)
@@ -237,7 +237,7 @@ class Session:
         return body
 
     def check_set_vring_base(self, body: VringState, _fds: int) -> VringState:
-        ring = self._ring(body.index)
+        ring = self._ring(body.ring)
         if body.num > _MAX_BASE:
             raise PeerError(f"ring base {body.num}, at most {_MAX_BASE} for a split ring")
         if ring.started:
@@ -245,11 +245,11 @@ class Session:
         return body
 
     def check_get_vring_base(self, body: VringState, _fds: int) -> VringState:
-        self._ring(body.index)
+        self._ring(body.ring)
         return body
 
     def check_set_vring_enable(self, body: VringState, _fds: int) -> VringState:
-        self._ring(body.index)
+        self._ring(body.ring)
         if body.num not in (0, 1):
             raise PeerError(f"ring state {body.num}, expected 0 or 1")
         return body
@@ -270,7 +270,7 @@ class Session:
 
     def check_set_vring_kick(self, body: int, fds: int) -> VringFd:
         checked = self.check_vring_fd(body, fds)
-        self.place(checked.index)
+        self.place(checked.ring)
         return checked
 
     def place(self, index: int) -> Placement:
@@ -286,11 +286,6 @@ class Session:
         low, high = lib.VIRTIO_NET_MTU_MIN, lib.VIRTIO_NET_MTU_MAX
         if not low <= body <= high:
             raise PeerError(f"MTU {body}, expected {low} to {high}")
-        return body
-
-    def check_send_rarp(self, body: int, _fds: int) -> int:
-        if body >> 48:
-            raise PeerError(f"{body:#x} is not a MAC address")
         return body
 
     def check_get_config(self, body: ConfigAccess, _fds: int) -> ConfigAccess | None:
@@ -363,22 +358,22 @@ class Session:
                 ring.placement = place_ring(regions, ring.addresses, ring.size)
 
     def commit_set_vring_num(self, body: VringState) -> None:
-        self.rings[body.index].size = body.num
+        self.rings[body.ring].size = body.num
 
     def commit_set_vring_addr(self, body: VringAddr) -> None:
-        self.rings[body.index].addresses = body
+        self.rings[body.ring].addresses = body
 
     def commit_set_vring_base(self, body: VringState) -> None:
-        self.rings[body.index].base = body.num
+        self.rings[body.ring].base = body.num
 
     def commit_get_vring_base(self, body: VringState) -> None:
-        self.rings[body.index].placement = None
+        self.rings[body.ring].placement = None
 
     def commit_set_vring_kick(self, body: VringFd) -> None:
-        self.rings[body.index].placement = self.place(body.index)
+        self.rings[body.ring].placement = self.place(body.ring)
 
     def commit_set_vring_enable(self, body: VringState) -> None:
-        self.rings[body.index].enabled = bool(body.num)
+        self.rings[body.ring].enabled = bool(body.num)
 
     def commit_set_status(self, body: int) -> None:
         if body == 0:

@@ -1,0 +1,332 @@
+"""The effects of messages: on guest memory, queues and the device.
+
+One method a row of the table that has an effect or a reply, named by its `handler`.  A method
+takes the checked body and the message's descriptors; it returns the value of the reply.  It does
+its effect or raises, and leaves things as they were if it raises; the state moves afterwards
+(`Session.commit`).  A descriptor that is kept is taken out of the list; the rest are closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vdev._native import lib
+from vdev.errors import PeerError
+from vdev.iothread import IOThread
+from vdev.memory import GuestMemory, Region
+from vdev.ratelog import RateLimitedLog
+from vdev.virtio.device import Device
+from vdev.virtio.queue import QueueConfig, ServedQueue
+from vdev.virtio.spec import describe_features, feature_names, protocol_feature_names, status_names
+from vdev.virtio.vhost_user.backend_channel import BackendChannel
+from vdev.virtio.vhost_user.channel import close_fds
+from vdev.virtio.vhost_user.codec import Message
+from vdev.virtio.vhost_user.layout import Placement, place_ring
+from vdev.virtio.vhost_user.payloads import ConfigAccess, MemoryRegion, VringState
+from vdev.virtio.vhost_user.session import F_PROTOCOL, MEM_SLOTS, Request, Session, VringFd
+from vdev.virtio.vhost_user.table import PROTOCOL_FEATURES
+
+_EVENTFD = "anon_inode:[eventfd]"
+_F_MTU = 1 << lib.VHOST_USER_PROTOCOL_F_MTU
+_F_RARP = 1 << lib.VHOST_USER_PROTOCOL_F_RARP
+
+
+@dataclass(slots=True)
+class Vring:
+    """What a ring holds: its three eventfds (-1 = none), and the queue while it is started."""
+
+    kick: int = -1
+    call: int = -1
+    err: int = -1
+    queue: ServedQueue | None = None
+
+
+class Backend:
+    """One connection's hold on a device; `close` gives everything back."""
+
+    def __init__(self, device: Device, iothreads: Sequence[IOThread], log: RateLimitedLog) -> None:
+        self.device = device
+        self._iothreads = iothreads
+        self._log = log
+        self._regions: dict[MemoryRegion, Region] = {}
+        self._memory: GuestMemory | None = None
+        self._channel: BackendChannel | None = None
+        self.vrings = [Vring() for _ in range(device.num_queues)]
+        self.session = Session(
+            features=device.features,
+            protocol_features=PROTOCOL_FEATURES
+            | (_F_MTU if device.supports_mtu else 0)
+            | (_F_RARP if device.supports_rarp else 0),
+            num_queues=device.num_queues,
+            config_size=len(device.config()),
+        )
+        device.config_changed.append(self._config_changed)
+
+    async def handle(self, message: Message) -> tuple[Request, Any]:
+        """Checks a message and carries it out; returns the request and the value of its reply.
+
+        Raises PeerError or OSError where it was refused or failed: nothing has changed then.
+        """
+        request = self.session.check(message)
+        reply = None
+        if handler := getattr(self, request.row.handler, None):
+            reply = await handler(request.body, message.fds)
+        self.session.commit(request)
+        return request, reply
+
+    async def close(self) -> None:
+        """Stops and drains all queues, releases memory and descriptors, resets the device."""
+        self.device.config_changed.remove(self._config_changed)
+        if self._channel is not None:
+            self._channel.close()
+        try:
+            await self._stop_rings()
+        finally:
+            for vring in self.vrings:
+                close_fds(fd for fd in (vring.kick, vring.call, vring.err) if fd >= 0)
+                vring.kick = vring.call = vring.err = -1
+            self._memory = None
+            self._regions.clear()
+            self.device.reset()
+
+    def status(self) -> dict[str, Any]:
+        """What was agreed, and the rings."""
+        session = self.session
+        names = feature_names(self.device.device_id)
+        return {
+            "features": describe_features(session.features or 0, names),
+            "protocol_features": describe_features(
+                session.protocol_features or 0, protocol_feature_names()
+            ),
+            "device_status": [n for value, n in status_names().items() if session.status & value],
+            "memory": {
+                "regions": len(session.regions),
+                "bytes": sum(region.size for region in session.regions),
+            },
+            "queues": [
+                {
+                    "index": ring.index,
+                    "size": ring.size,
+                    "started": vring.queue is not None,
+                    "enabled": ring.enabled,
+                    "broken": vring.queue.fault if vring.queue else None,
+                }
+                for ring, vring in zip(session.rings, self.vrings, strict=True)
+            ],
+        }
+
+    # Negotiation
+
+    async def get_features(self, _body: None, _fds: list[int]) -> int:
+        return self.session.offered
+
+    async def set_features(self, body: int, _fds: list[int]) -> None:
+        session = self.session
+        if body != session.features:
+            self.device.negotiate(body & ~F_PROTOCOL)
+        if not body & F_PROTOCOL:
+            for ring in session.rings:
+                await self._enable(ring.index, True)
+
+    async def get_protocol_features(self, _body: None, _fds: list[int]) -> int:
+        return self.session.offered_protocol
+
+    async def get_queue_num(self, _body: None, _fds: list[int]) -> int:
+        return self.device.num_queues
+
+    async def reset_owner(self, _body: None, _fds: list[int]) -> None:
+        for ring in self.session.rings:
+            await self._enable(ring.index, False)
+
+    async def reset_device(self, _body: None, _fds: list[int]) -> None:
+        await self._stop_rings()
+        self.device.reset()
+
+    async def get_status(self, _body: None, _fds: list[int]) -> int:
+        return self.session.status
+
+    async def set_status(self, body: int, fds: list[int]) -> None:
+        if body == 0:
+            await self.reset_device(None, fds)
+
+    # Guest memory
+
+    async def get_max_mem_slots(self, _body: None, _fds: list[int]) -> int:
+        return MEM_SLOTS
+
+    async def set_mem_table(self, body: tuple[MemoryRegion, ...], fds: list[int]) -> None:
+        mapped = {region: _map(region, fd) for region, fd in zip(body, fds, strict=True)}
+        await self._set_memory(mapped)
+
+    async def add_mem_reg(self, body: MemoryRegion, fds: list[int]) -> None:
+        await self._set_memory({**self._regions, body: _map(body, fds[0])})
+
+    async def rem_mem_reg(self, body: MemoryRegion, _fds: list[int]) -> None:
+        await self._set_memory({r: m for r, m in self._regions.items() if r is not body})
+
+    async def _set_memory(self, mapped: dict[MemoryRegion, Region]) -> None:
+        """Moves all queues over to a new snapshot; the old one goes when none is left in it."""
+        regions = tuple(mapped)
+        memory = GuestMemory(mapped.values())
+        for index in self.session.unplaceable(regions):
+            self._log.warning(
+                "%s: queue %d stopped: its memory was taken away", self.device.name, index
+            )
+            await self._stop_ring(index)
+        for ring, vring in zip(self.session.rings, self.vrings, strict=True):
+            if vring.queue is None or ring.addresses is None:
+                continue
+            placement = place_ring(regions, ring.addresses, ring.size)
+            if placement == ring.placement:
+                await vring.queue.set_memory(memory)
+            else:
+                # The same place for the front-end, another one for the guest.
+                await self._stop_ring(ring.index)
+                await self._start_ring(ring.index, placement, memory, vring.kick)
+        self._memory = memory
+        self._regions = mapped
+
+    # Rings
+
+    async def set_vring_kick(self, body: VringFd, fds: list[int]) -> None:
+        vring = self.vrings[body.ring]
+        kick = _eventfd(body, fds)
+        if vring.queue is not None:
+            await vring.queue.set_kick(kick)
+        else:
+            assert self._memory is not None
+            placement = self.session.place(body.ring)
+            await self._start_ring(body.ring, placement, self._memory, kick)
+        vring.kick = _keep(vring.kick, fds)
+
+    async def set_vring_call(self, body: VringFd, fds: list[int]) -> None:
+        vring = self.vrings[body.ring]
+        call = _eventfd(body, fds)
+        if vring.queue is not None:
+            await vring.queue.set_call(call)
+        vring.call = _keep(vring.call, fds)
+
+    async def set_vring_err(self, body: VringFd, fds: list[int]) -> None:
+        vring = self.vrings[body.ring]
+        err = _eventfd(body, fds)
+        if vring.queue is not None:
+            await vring.queue.set_err(err)
+        vring.err = _keep(vring.err, fds)
+
+    async def get_vring_base(self, body: VringState, _fds: list[int]) -> VringState:
+        """The ring stops and drains before the answer; the kick fd is given back."""
+        await self._stop_ring(body.ring)
+        vring = self.vrings[body.ring]
+        vring.kick = _keep(vring.kick, [])
+        return VringState(body.ring, self.session.rings[body.ring].base)
+
+    async def set_vring_enable(self, body: VringState, _fds: list[int]) -> None:
+        await self._enable(body.ring, bool(body.num))
+
+    async def _enable(self, index: int, enabled: bool) -> None:
+        if self.session.rings[index].enabled == enabled:
+            return
+        if enabled:
+            self.device.queue_enabled(index, True)
+        if (queue := self.vrings[index].queue) is not None:
+            await queue.set_enabled(enabled)
+        if not enabled:
+            self.device.queue_enabled(index, False)
+
+    async def _start_ring(
+        self, index: int, placement: Placement, memory: GuestMemory, kick: int
+    ) -> None:
+        ring, vring = self.session.rings[index], self.vrings[index]
+        config = QueueConfig(
+            index=index,
+            size=ring.size,
+            features=self.session.features or 0,
+            desc=placement.desc.start,
+            avail=placement.avail.start,
+            used=placement.used.start,
+            next_index=ring.base,
+            enabled=ring.enabled,
+            kick_fd=kick,
+            call_fd=vring.call,
+            err_fd=vring.err,
+        )
+
+        def broken(fault: str) -> None:
+            self._log.warning(
+                "%s: queue %d broke by its guest's fault: %s", self.device.name, index, fault
+            )
+
+        iothread = min(self._iothreads, key=lambda thread: thread.queues)
+        vring.queue = await ServedQueue.start(config, self.device, memory, iothread, broken)
+
+    async def _stop_ring(self, index: int) -> None:
+        vring = self.vrings[index]
+        if vring.queue is not None:
+            self.session.rings[index].base = await vring.queue.stop()
+            vring.queue = None
+
+    async def _stop_rings(self) -> None:
+        """All at once: each drains its own requests."""
+        await asyncio.gather(*(self._stop_ring(index) for index in range(len(self.vrings))))
+
+    # The device
+
+    async def get_config(self, body: ConfigAccess | None, _fds: list[int]) -> ConfigAccess | None:
+        if body is None:
+            return None
+        data = self.device.config()[body.offset : body.offset + body.size]
+        return body._replace(data=data)
+
+    async def set_config(self, body: ConfigAccess, _fds: list[int]) -> None:
+        self.device.write_config(body.offset, body.data)
+
+    async def net_set_mtu(self, body: int, _fds: list[int]) -> None:
+        self.device.set_mtu(body)
+
+    async def send_rarp(self, body: int, _fds: list[int]) -> None:
+        # The first six bytes in memory order, as the front-end copied them.
+        self.device.announce(body.to_bytes(8, sys.byteorder)[:6])
+
+    async def set_backend_req_fd(self, _body: None, fds: list[int]) -> None:
+        channel = BackendChannel(fds[0], self._log)
+        fds.clear()
+        if self._channel is not None:
+            self._channel.close()
+        self._channel = channel
+
+    def _config_changed(self) -> None:
+        if self._channel is not None:
+            self._channel.config_changed()
+
+
+def _map(region: MemoryRegion, fd: int) -> Region:
+    return Region.map(
+        fd,
+        guest_addr=region.guest_addr,
+        size=region.size,
+        user_addr=region.user_addr,
+        offset=region.mmap_offset,
+    )
+
+
+def _eventfd(body: VringFd, fds: list[int]) -> int:
+    """The descriptor that came along, or -1. Raises PeerError where it is no eventfd."""
+    if not body.has_fd:
+        return -1
+    # Reading or writing anything else could block the iothread, or reach a file.
+    kind = os.readlink(f"/proc/self/fd/{fds[0]}")
+    if kind != _EVENTFD:
+        raise PeerError(f"ring {body.ring}: the descriptor is {kind}, expected an eventfd")
+    return fds[0]
+
+
+def _keep(old: int, fds: list[int]) -> int:
+    """Closes what was held and holds what came; empties `fds`."""
+    if old >= 0:
+        close_fds([old])
+    return fds.pop() if fds else -1

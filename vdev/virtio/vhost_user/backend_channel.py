@@ -1,0 +1,89 @@
+"""The back-end channel: what we tell the front-end unasked, over the socket that it gave us.
+
+Only CONFIG_CHANGE_MSG is sent, and never with NEED_REPLY, so nothing is to be read here: whatever
+the peer says is a breach, and closes this channel alone.  "The configuration changed" said twice
+means no more than said once, so what waits for a peer that does not read is at most one message.
+
+Source: vhost-user specification, "Back-end communication" and "Back-end message types".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+
+from vdev._native import lib
+from vdev.errors import PeerError
+from vdev.ratelog import RateLimitedLog
+from vdev.virtio.vhost_user.codec import encode
+
+_CONFIG_CHANGE = encode(lib.VHOST_USER_BACKEND_CONFIG_CHANGE_MSG)
+
+
+class BackendChannel:
+    """Owns the socket `fd`. Raises PeerError, leaving `fd` alone, where it is no Unix stream."""
+
+    def __init__(self, fd: int, log: RateLimitedLog) -> None:
+        if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
+            raise PeerError("the descriptor of the back-end channel is not a socket")
+        sock = socket.socket(fileno=fd)
+        if sock.family != socket.AF_UNIX or sock.type != socket.SOCK_STREAM:
+            sock.detach()
+            raise PeerError("the back-end channel is not a Unix stream socket")
+        sock.setblocking(False)
+        self._sock = sock
+        self._log = log
+        self._loop = asyncio.get_running_loop()
+        self._unsent = b""  # the rest of a message under way
+        self._changed = False  # and one more is to follow
+        self._loop.add_reader(fd, self._readable)
+
+    @property
+    def closed(self) -> bool:
+        return self._sock.fileno() < 0
+
+    def config_changed(self) -> None:
+        """Tells the front-end to read the configuration space again; never waits."""
+        if self.closed:
+            return
+        if self._unsent:
+            self._changed = True
+            return
+        self._unsent = _CONFIG_CHANGE
+        self._loop.add_writer(self._sock.fileno(), self._writable)
+        self._writable()
+
+    def close(self) -> None:
+        """Closes the socket; may be called twice."""
+        if not self.closed:
+            self._loop.remove_reader(self._sock.fileno())
+            self._loop.remove_writer(self._sock.fileno())
+            self._sock.close()
+
+    def _writable(self) -> None:
+        try:
+            while self._unsent:
+                sent = self._sock.send(self._unsent, socket.MSG_NOSIGNAL)
+                self._unsent = self._unsent[sent:]
+                if not self._unsent and self._changed:
+                    self._unsent, self._changed = _CONFIG_CHANGE, False
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._log.warning("back-end channel: %s", error)
+            self.close()
+            return
+        self._loop.remove_writer(self._sock.fileno())
+
+    def _readable(self) -> None:
+        try:
+            data = self._sock.recv(1)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._log.warning("back-end channel: %s", error)
+            data = b""
+        if data:
+            self._log.warning("back-end channel: a reply that was not asked for; closed")
+        self.close()

@@ -1,0 +1,58 @@
+"""One connection from its first message to its end: read, act, answer.
+
+Policy E.  A message that is refused gets a nonzero ack where the front-end asked for one and
+REPLY_ACK was agreed; without a way to say no, the connection is closed.  Messages with an answer
+of their own have no way either ("the need_reply bit … brings no behavioural change").
+"""
+
+from __future__ import annotations
+
+import socket
+
+from vdev._native import lib
+from vdev.errors import PeerError
+from vdev.ratelog import RateLimitedLog
+from vdev.virtio.vhost_user.backend import Backend
+from vdev.virtio.vhost_user.channel import Channel, close_fds
+from vdev.virtio.vhost_user.codec import REPLY, Message, encode
+from vdev.virtio.vhost_user.payloads import U64
+from vdev.virtio.vhost_user.table import TABLE
+
+_F_REPLY_ACK: int = lib.VHOST_USER_PROTOCOL_F_REPLY_ACK
+
+
+async def serve_connection(sock: socket.socket, backend: Backend, log: RateLimitedLog) -> None:
+    """Serves a front-end until it leaves or breaks the protocol; closes `sock` and `backend`."""
+    channel = Channel(sock)
+    try:
+        while (message := await channel.receive()) is not None:
+            try:
+                reply = await _answer(message, backend, log)
+            finally:
+                close_fds(message.fds)
+            if reply:
+                await channel.send(reply)
+    except PeerError as error:
+        log.warning("%s: connection closed: %s", backend.device.name, error)
+    except OSError as error:
+        log.warning("%s: connection lost: %s", backend.device.name, error)
+    finally:
+        channel.close()
+        await backend.close()
+
+
+async def _answer(message: Message, backend: Backend, log: RateLimitedLog) -> bytes:
+    """The reply, or nothing. Raises where the connection must be closed."""
+    # As agreed when the message was sent: the one that agrees on REPLY_ACK is not acked yet.
+    ack = message.need_reply and backend.session.has_protocol(_F_REPLY_ACK)
+    try:
+        request, value = await backend.handle(message)
+    except (PeerError, OSError) as error:
+        row = TABLE.get(message.request)
+        if not ack or (row is not None and row.reply is not None):
+            raise
+        log.warning("%s: refused: %s", backend.device.name, error)
+        return encode(message.request, U64.encode(1), REPLY)
+    if request.row.reply is not None:
+        return encode(message.request, request.row.reply.encode(value), REPLY)
+    return encode(message.request, U64.encode(0), REPLY) if ack else b""
