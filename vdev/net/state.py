@@ -1,0 +1,153 @@
+"""The journal: what to undo in the host's network, should this process die before it does.
+
+A tap made by us dies with its fds, but a bridge, an address or a changed setting stays.  Each is
+recorded in a small file of this process when it has been made, and struck out when it is undone.
+The file is locked (flock) as long as its process lives, so a journal that can be locked belongs to
+a dead one, whatever the reuse of process ids; the next server that starts, or ends, undoes it.
+What cannot be undone yet, since others use it, stays recorded.
+
+Records name interfaces by name and index, which mean something in one network namespace until the
+next boot only; a journal of another namespace is left alone, one of another boot is void.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vdev.errors import UserError
+
+Record = dict[str, Any]
+_numbers = itertools.count()
+
+
+def default_dir() -> Path:
+    """Where the journals of this user's servers are."""
+    uid = os.geteuid()
+    if uid == 0:
+        return Path("/run/vdev")
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime) / "vdev" if runtime else Path(f"/tmp/vdev-{uid}")
+
+
+class Journal:
+    """The records of one wiring, oldest first; the file exists while there are any."""
+
+    def __init__(self, directory: Path | None = None) -> None:
+        self._directory = directory or default_dir()
+        self._path = self._directory / f"net-{os.getpid()}-{next(_numbers)}.json"
+        self._fd = -1
+        self.records: list[Record] = []
+
+    def add(self, record: Record) -> None:
+        """Records what to undo. Raises UserError where the directory cannot be had."""
+        if self._fd < 0:
+            _make_directory(self._directory)
+            with _locked(self._directory):
+                self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.records.append(record)
+        self._write()
+
+    def strike(self, record: Record) -> None:
+        """Forgets a record: it was undone."""
+        self.records.remove(record)
+        self._write()
+
+    def close(self) -> None:
+        """Lets go; what is still recorded is for the next server to undo."""
+        if self._fd < 0:
+            return
+        if not self.records:
+            with _locked(self._directory):
+                self._path.unlink(missing_ok=True)
+        os.close(self._fd)
+        self._fd = -1
+
+    def _write(self) -> None:
+        content = {"boot": _boot_id(), "netns": _netns(), "pid": os.getpid()}
+        data = json.dumps({**content, "records": self.records}).encode()
+        # In one write, and longer before shorter: whenever we are killed, it can be read.
+        os.pwrite(self._fd, data, 0)
+        os.ftruncate(self._fd, len(data))
+
+    @classmethod
+    def leftovers(cls, directory: Path | None = None) -> Iterator[Journal]:
+        """The journals of dead processes, each ours until the loop goes on."""
+        directory = directory or default_dir()
+        if not directory.is_dir():
+            return
+        with _locked(directory):
+            for path in sorted(directory.glob("net-*.json")):
+                journal = cls._take(path)
+                if journal is None:
+                    continue
+                try:
+                    yield journal
+                finally:
+                    if not journal.records:
+                        path.unlink(missing_ok=True)
+                    os.close(journal._fd)
+
+    @classmethod
+    def _take(cls, path: Path) -> Journal | None:
+        """The journal at `path` if its process is dead and it is of this network namespace."""
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            content, _ = json.JSONDecoder().raw_decode(os.pread(fd, 1 << 20, 0).decode())
+        except BlockingIOError:
+            os.close(fd)
+            return None
+        except ValueError:
+            content = {}  # killed before the first record was written
+        if content and content["boot"] == _boot_id() and content["netns"] != _netns():
+            os.close(fd)
+            return None
+        journal = cls(path.parent)
+        journal._path, journal._fd = path, fd
+        if content.get("boot") == _boot_id():
+            journal.records = content["records"]
+        return journal
+
+
+def _make_directory(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        info = directory.lstat()
+    except OSError as error:
+        raise UserError(
+            f"{directory}: {error.strerror}: vdev keeps there what it has to undo in the network"
+        ) from error
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid():
+        raise UserError(f"{directory}: not a directory of ours: it belongs to uid {info.st_uid}")
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Between creating a journal and locking it, it would look like a dead process's."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _boot_id() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _netns() -> list[int]:
+    info = os.stat("/proc/thread-self/ns/net")
+    return [info.st_dev, info.st_ino]

@@ -1,0 +1,195 @@
+"""What one net device needs of the host's network, from its start to its end.
+
+`up` first undoes what dead servers left behind, then makes and records; `down` undoes what is
+recorded, newest first.  After a crash the next `up` reads the same records and takes the same
+steps, so there is one way to undo a thing, not two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import ipaddress
+import logging
+from pathlib import Path
+from typing import Any
+
+from vdev.errors import UserError
+from vdev.net import bridge as bridges
+from vdev.net import tap as taps
+from vdev.net.links import Interface, Link, Links, on_links
+from vdev.net.state import Journal, Record
+from vdev.net.tap import QUEUES_MAX, Tap, TapState, check_name
+
+_log = logging.getLogger("vdev.net")
+_MTU_MIN = 68  # IPv4's least, and virtio's (virtio 1.3, section 5.1.4.1)
+_MADE_NAME = "vdev%d"
+
+
+class Wiring:
+    """A tap, plugged into a bridge if one is named; see `vdev.server.net.serve`."""
+
+    def __init__(
+        self,
+        *,
+        tap: str | None = None,
+        bridge: str | None = None,
+        queues: int = 1,
+        mtu: int | None = None,
+        address: str | None = None,
+        state_dir: Path | None = None,
+    ) -> None:
+        if tap is None and bridge is None:
+            raise UserError("a network device needs a tap or a bridge: give one of them")
+        if not 1 <= queues <= QUEUES_MAX:
+            raise UserError(f"{queues} queue pairs: a network device has 1 to {QUEUES_MAX}")
+        if mtu is not None and not _MTU_MIN <= mtu <= taps.MTU_MAX:
+            raise UserError(f"MTU {mtu}: {_MTU_MIN} to {taps.MTU_MAX} bytes")
+        self._tap_name = check_name(tap) if tap is not None else None
+        self._bridge_name = check_name(bridge) if bridge is not None else None
+        self._queues = queues
+        self._mtu = mtu
+        self._address = _parse_address(address) if address is not None else None
+        self._state_dir = state_dir
+        self._journal = Journal(state_dir)
+        self._tap: Tap | None = None
+
+    @property
+    def tap(self) -> Tap:
+        """The open tap, between `up` and `down`."""
+        if self._tap is None:
+            raise RuntimeError("this wiring is not up")
+        return self._tap
+
+    @property
+    def mtu(self) -> int | None:
+        """The MTU in bytes if it is another than Ethernet's usual one, or was asked for."""
+        return self._mtu
+
+    async def up(self) -> None:
+        """Makes what is missing. Raises UserError; `down` is due in any case."""
+        await on_links(self._up)
+
+    async def down(self) -> None:
+        """Closes the tap and undoes what was made; what others use by now is left to them."""
+        if self._tap is not None:
+            self._tap.close()
+            self._tap = None
+        await on_links(self._down)
+
+    async def _up(self, links: Links) -> None:
+        await _sweep(links, self._state_dir)
+        bridge = None
+        if self._bridge_name is not None:
+            bridge = await bridges.ensure_bridge(links, self._journal, self._bridge_name, self._mtu)
+        link = await self._open_tap(links)
+        assert self._tap is not None
+        if self._mtu is None:
+            # A port of a smaller MTU would pull the whole bridge down to it.
+            wanted = bridge.mtu if bridge is not None and self._tap.created else link.mtu
+            self._mtu = wanted if wanted != 1500 else None
+        try:
+            if self._mtu is not None and link.mtu != self._mtu:
+                await links.change(link.index, mtu=self._mtu)
+            if bridge is not None:
+                await bridges.plug(links, self._journal, link, bridge, ours=self._tap.created)
+            if not link.up:
+                await links.change(link.index, state="up")
+        except OSError as error:
+            raise UserError(f"tap {link.name}: {bridges.reason(error)}") from error
+        if self._address is not None:
+            await bridges.add_address(links, self._journal, bridge or link, self._address)
+
+    async def _open_tap(self, links: Links) -> Link:
+        name = self._tap_name
+        link = await links.find(name) if name is not None else None
+        if link is None:
+            self._tap = Tap.create(name or _MADE_NAME, self._queues)
+            link = await links.find(self._tap.name)
+            if link is None:
+                raise UserError(f"tap {self._tap.name}: it vanished as soon as it was made")
+            return link
+        if link.tun is None or not link.tun.is_tap:
+            raise UserError(
+                f"tap {name}: this interface exists and is no tap "
+                f"({link.kind or 'a network card'}): give another name, or --bridge"
+            )
+        self._tap = Tap.attach(link.name, self._queues, multi_queue=link.tun.multi_queue)
+        state = TapState(
+            name=link.name,
+            packet_info=link.tun.packet_info,
+            vnet_header=link.tun.vnet_header,
+            multi_queue=link.tun.multi_queue,
+            header_len=self._tap.header_len,
+            little_endian=self._tap.little_endian,
+        )
+        record: Record = {"undo": "restore tap", "name": link.name, "index": link.index}
+        link_state = {"mtu": link.mtu, "up": link.up}
+        self._journal.add(record | {"state": dataclasses.asdict(state)} | link_state)
+        return link
+
+    async def _down(self, links: Links) -> None:
+        await _undo_all(links, self._journal)
+        self._journal.close()
+        # A bridge that outlived its maker, since we used it, goes with us.
+        await _sweep(links, self._state_dir)
+
+
+async def _sweep(links: Links, state_dir: Path | None) -> None:
+    """Undoes what dead servers left behind."""
+    for journal in Journal.leftovers(state_dir):
+        await _undo_all(links, journal)
+
+
+async def _undo_all(links: Links, journal: Journal) -> None:
+    for record in reversed(journal.records[:]):
+        try:
+            done = await _undo(links, record)
+        except OSError as error:
+            done = error.errno == errno.ENODEV
+            if not done:
+                _log.warning(
+                    "%s %s: %s: left for later", record["undo"], record["name"], error.strerror
+                )
+        if done:
+            journal.strike(record)
+
+
+async def _undo(links: Links, record: Record) -> bool:
+    """Undoes one thing; False: not yet, others use it."""
+    link = await links.at(record["index"])
+    if link is None or link.name != record["name"]:
+        return True  # it is gone
+    match record["undo"]:
+        case "delete bridge":
+            if await links.ports(link.index):
+                return False
+            await links.delete(link.index)
+        case "delete address":
+            await links.delete_address(link.index, ipaddress.ip_interface(record["address"]))
+        case "unplug":
+            await links.change(link.index, master=0)
+        case "set down":
+            if await links.ports(link.index):
+                return False
+            await links.change(link.index, state="down")
+        case "restore tap":
+            await _restore_tap(links, link, record)
+    return True
+
+
+async def _restore_tap(links: Links, link: Link, record: dict[str, Any]) -> None:
+    if link.mtu != record["mtu"]:
+        await links.change(link.index, mtu=record["mtu"])
+    if link.up != record["up"]:
+        await links.change(link.index, state="up" if record["up"] else "down")
+    taps.restore(TapState(**record["state"]))
+
+
+def _parse_address(text: str) -> Interface:
+    try:
+        if "/" in text:
+            return ipaddress.ip_interface(text)
+    except ValueError:
+        pass
+    raise UserError(f"address {text!r}: an IP address with its prefix length, like 10.0.0.1/24")
