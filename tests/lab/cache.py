@@ -43,6 +43,8 @@ async def entry(name: str, make: Callable[[Path], Awaitable[None]]) -> Path:
         await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)
         if place.is_dir():
             return place
+        for stale in directory().glob(f"{name}.making.*"):
+            shutil.rmtree(stale)
         making = tempfile.mkdtemp(prefix=f"{name}.making.", dir=directory())
         try:
             os.chmod(making, 0o755)

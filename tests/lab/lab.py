@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import tempfile
@@ -33,6 +34,7 @@ class Lab:
 
     def __init__(self) -> None:
         self._numbers = itertools.count()
+        self._servers: list[Server] = []
         self._networks: dict[str, Network] = {}
         self._temporary = tempfile.TemporaryDirectory(prefix="vdev-lab-")
         host.extend_path()
@@ -83,7 +85,11 @@ class Lab:
         net = [device for device in devices if isinstance(device, NetDevice)]
         name = f"server{next(self._numbers)}"
         async with serving(blk, net, name, self.directory) as server:
-            yield server
+            self._servers.append(server)
+            try:
+                yield server
+            finally:
+                self._servers.remove(server)
 
     @contextlib.asynccontextmanager
     async def boot(
@@ -103,10 +109,23 @@ class Lab:
             **settings,
         )
         async with booted(machine, f"guest{next(self._numbers)}", self.directory) as guest:
-            for index, nic in enumerate(nics):
-                if nic.bridge in self._networks:
-                    address = self._networks[nic.bridge].guest_cidr(index)
-                    await guest.run(
-                        f"ip address add {address} dev eth{index} && ip link set eth{index} up"
-                    )
-            yield guest
+            watches = [asyncio.create_task(_die_with(server, guest)) for server in self._servers]
+            try:
+                for index, nic in enumerate(nics):
+                    await self._address(guest, f"eth{index}", nic, index)
+                yield guest
+            finally:
+                for watch in watches:
+                    watch.cancel()
+                await asyncio.gather(*watches, return_exceptions=True)
+
+    async def _address(self, guest: Guest, interface: str, nic: NetDevice, index: int) -> None:
+        address = self._networks[nic.bridge or ""].guest_cidr(index)
+        await guest.run(f"ip address add {address} dev {interface} && ip link set {interface} up")
+
+
+async def _die_with(server: Server, guest: Guest) -> None:
+    """A guest whose server has died waits for its disk for ever; better to end it, and the test."""
+    await server.process.wait()
+    if server.died:
+        await guest.kill()

@@ -22,7 +22,7 @@ class ProcessError(Exception):
     """A program failed or ended too early; the message holds the end of what it wrote."""
 
 
-def tail(path: Path, lines: int = 30) -> str:
+def tail(path: Path, lines: int = 60) -> str:
     """The last lines of a log, for an error message."""
     try:
         text = path.read_bytes().decode(errors="replace")

@@ -15,12 +15,13 @@ from pathlib import Path
 
 from . import host
 from .agent import Agent, AgentClosed, Result
-from .process import Process, ProcessError, running, tail, while_running
-from .qmp import Qmp
+from .process import Process, running, tail
+from .qmp import Qmp, QmpError
 
 # Guards against a hang, far above what any step needs; not a statement about speed.
 BOOT_TIMEOUT = 180.0
 RUN_TIMEOUT = 180.0
+_END_TIMEOUT = 2.0
 
 
 class GuestError(Exception):
@@ -133,9 +134,9 @@ class Guest:
         try:
             result = await asyncio.wait_for(self._agent.run(command), limit)
         except TimeoutError:
-            raise self._error(f"no answer within {limit:.0f} s to: {command}") from None
+            raise await self.died(f"no answer within {limit:.0f} s to: {command}") from None
         except (AgentClosed, OSError):
-            raise self._error(f"the guest died during: {command}") from None
+            raise await self.died(f"the guest died during: {command}") from None
         if check and result.code:
             raise GuestError(f"exit code {result.code} of: {command}\n{result.output}")
         return result
@@ -153,7 +154,11 @@ class Guest:
         """End QEMU by SIGKILL, as a crash would."""
         await self.process.kill()
 
-    def _error(self, what: str) -> GuestError:
+    async def died(self, what: str) -> GuestError:
+        """The error to raise, with all there is to know about it."""
+        with contextlib.suppress(TimeoutError):
+            # A port is closed a moment before the process has ended.
+            await asyncio.wait_for(self.process.wait(), _END_TIMEOUT)
         return GuestError(
             f"{what}\nQEMU's exit code: {self.process.returncode}; the end of its log:\n"
             f"{tail(self.process.log)}\nthe end of the console:\n{tail(self.console)}"
@@ -180,14 +185,14 @@ async def booted(machine: Machine, name: str, directory: Path) -> AsyncIterator[
         monitor_fd.close()
         agent = await Agent.connect(agent_port)
         stack.push_async_callback(agent.close)
-        monitor = await while_running(process, Qmp.connect(monitor_port), "at its start")
+        monitor = await Qmp.open(monitor_port)
         stack.callback(monitor.close)
         guest = Guest(process, agent, monitor, console)
         try:
-            waiting = while_running(process, agent.ready(), "while the guest was booting")
-            await asyncio.wait_for(waiting, BOOT_TIMEOUT)
-        except (AgentClosed, ProcessError, TimeoutError):
-            raise guest._error("the guest did not boot") from None
+            await monitor.negotiate()
+            await asyncio.wait_for(agent.ready(), BOOT_TIMEOUT)
+        except (AgentClosed, OSError, QmpError, TimeoutError):
+            raise await guest.died("the guest did not boot") from None
         yield guest
 
 

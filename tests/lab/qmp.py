@@ -21,13 +21,14 @@ class Qmp:
         self._turn = asyncio.Lock()
 
     @classmethod
-    async def connect(cls, monitor_socket: socket.socket) -> Qmp:
-        """Leave the capabilities negotiation behind on a socket whose other end QEMU holds."""
-        reader, writer = await asyncio.open_unix_connection(sock=monitor_socket, limit=1 << 20)
-        monitor = cls(reader, writer)
-        await reader.readline()
-        await monitor.execute("qmp_capabilities")
-        return monitor
+    async def open(cls, monitor: socket.socket) -> Qmp:
+        """Use this socket, whose other end QEMU holds as its monitor."""
+        return cls(*await asyncio.open_unix_connection(sock=monitor, limit=1 << 20))
+
+    async def negotiate(self) -> None:
+        """Take the greeting and enter command mode."""
+        await self._reader.readline()
+        await self.execute("qmp_capabilities")
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Run a command and return what it returns; events in between are passed over."""

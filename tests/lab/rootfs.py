@@ -37,8 +37,11 @@ async def build() -> Path:
         tree = into / "tree"
         sources = await _sources()
         await run(
-            "mmdebstrap",
-            "--mode=root",
+            # In root mode mmdebstrap mounts the host's /dev, /sys and /proc into the tree. In
+            # namespaces of its own these mounts end with it however it ends, so that a tree left
+            # half made can be removed without removing what was mounted there.
+            *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
+            *("mmdebstrap", "--mode=root"),
             *options,
             *await _proxy_options(),
             _SUITE,

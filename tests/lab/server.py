@@ -75,6 +75,11 @@ class Server:
         self.process = process
         self.told_to_stop = False
 
+    @property
+    def died(self) -> bool:
+        """Whether it has ended without being told to."""
+        return self.process.returncode is not None and not self.told_to_stop
+
     async def stop(self) -> int:
         """End it by SIGTERM and return its exit code."""
         self.told_to_stop = True
@@ -106,14 +111,13 @@ async def serving(
         ready = while_running(process, notify.ready(), "before it was ready")
         await asyncio.wait_for(ready, START_TIMEOUT)
         server = Server(process)
-        died = False
         try:
             yield server
         finally:
-            died = process.returncode is not None and not server.told_to_stop
-            code = await server.stop()
-        if died or code:
-            raise process.ended("before it was told to" if died else "when told to stop")
+            if server.died:
+                raise process.ended("before it was told to")
+            if await server.stop():
+                raise process.ended("when told to stop")
 
 
 class _NotifySocket:

@@ -20,6 +20,8 @@ if [ "$(id -u)" != 0 ]; then
 fi
 
 command -v apt-get >/dev/null || die "this needs Debian (apt-get was not found)"
+[ "$(dpkg --print-architecture)" = amd64 ] ||
+    die "this is $(dpkg --print-architecture), but the lab's guests are amd64"
 
 # gcc only recommends libc6-dev and qemu-system-x86 only recommends its tools: all are named here,
 # since recommended packages (a desktop's worth for QEMU) are left out.
