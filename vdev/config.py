@@ -85,9 +85,9 @@ class NetConfig(_Table):
     address: Annotated[str, AfterValidator(_interface_cidr)] | None = None
 
     @model_validator(mode="after")
-    def _one_way_out(self) -> NetConfig:
-        if (self.tap is None) == (self.bridge is None):
-            raise ValueError("needs either tap or bridge")
+    def _has_a_wire(self) -> NetConfig:
+        if self.tap is None and self.bridge is None:
+            raise ValueError("needs a tap, a bridge, or both")
         return self
 
 

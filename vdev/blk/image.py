@@ -177,9 +177,9 @@ def _open(path: str, read_only: bool, is_block_device: bool) -> int:
         fd = os.open(path, flags | os.O_CLOEXEC)
     except OSError as error:
         if error.errno == errno.EBUSY:
+            who = holder.find(os.stat(path)) or "this host (mounted, or part of another device)"
             raise UserError(
-                f"image {path}: in use by this host (mounted, swap, or part of another device): "
-                "release it, or serve it --read-only"
+                f"image {path}: in use by {who}: release it, or serve it --read-only"
             ) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and not read_only:
             raise UserError(

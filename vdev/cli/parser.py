@@ -167,12 +167,11 @@ def add_blk_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_net_arguments(parser: argparse.ArgumentParser) -> None:
     """What a network device is made of."""
-    way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument(
+    parser.add_argument(
         "--tap", metavar="TAP", help="this tap: used as it is, or made and removed again"
     )
-    way.add_argument(
-        "--bridge", metavar="BRIDGE", help="a tap of its own, plugged into this bridge"
+    parser.add_argument(
+        "--bridge", metavar="BRIDGE", help="plug the tap, or one of its own, into this bridge"
     )
     parser.add_argument("--queues", type=whole_number, default=1, metavar="N", help="queue pairs")
     parser.add_argument("--mac", help="of the guest's card (default: the guest's or the VMM's)")

@@ -154,7 +154,7 @@ def _serves(device: Status) -> str:
     if image := device.get("image"):
         mode = "read-only" if image["read_only"] else image["cache"]
         return f"{image['path']} ({format_size(image['size'])}, {mode})"
-    return str(device.get("port", ""))
+    return f"tap {device.get('tap', '?')}"
 
 
 def _microseconds(nanoseconds: int) -> str:

@@ -19,7 +19,7 @@ _log = logging.getLogger("vdev.blk")
 
 @contextlib.asynccontextmanager
 async def serve(
-    socket: str | Endpoint,
+    socket_path: str | Endpoint,
     image: str,
     *,
     read_only: bool = False,
@@ -33,14 +33,16 @@ async def serve(
 ) -> AsyncIterator[DeviceServer]:
     """Serve ``image`` (a raw file, a block device or ``null:SIZE``) until the block ends.
 
-    ``socket`` is the path to listen on, or an endpoint made otherwise.  ``iothreads`` is how many
-    threads to start (queues are spread over them), or threads that run already and are shared.
-    ``poll_us`` is the ceiling of their polling window in microseconds.  ``cache`` and ``serial``:
-    see `BlkDevice`.  One front-end after another is served.
+    ``socket_path`` is the path to listen on, or an endpoint made otherwise.  ``iothreads`` is how
+    many threads to start (queues are spread over them), or threads that run already and are
+    shared.  ``poll_us`` is the ceiling of their polling window in microseconds.  ``cache`` and
+    ``serial``: see `BlkDevice`.  One front-end after another is served.
 
     Raises UserError where the image, the socket or the engine cannot be had.
     """
+    endpoint = Endpoint.listen(socket_path) if isinstance(socket_path, str) else socket_path
     async with contextlib.AsyncExitStack() as stack:
+        stack.callback(endpoint.close)
         disk = open_image(image, read_only=read_only, cache=cache)
         stack.callback(disk.close)
         _say_what_differs(disk, cache)
@@ -56,7 +58,6 @@ async def serve(
             disk, name=name, num_queues=num_queues, serial=serial, cache=cache, engine=engine
         )
         stack.callback(device.close)
-        endpoint = Endpoint.listen(socket) if isinstance(socket, str) else socket
         server = DeviceServer(device, endpoint, iothreads=threads, log=_log)
         stack.push_async_callback(server.close)
         await server.start()

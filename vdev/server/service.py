@@ -45,8 +45,24 @@ class Service:
         async with devices as servers, self._controlled():
             self._servers = {server.device.name: server for server in servers}
             notify("READY=1")
-            await self._stop.wait()
+            await self._ended(servers)
             notify("STOPPING=1")
+
+    async def _ended(self, servers: Sequence[DeviceServer]) -> None:
+        """Returns when the end was asked for, or no server can get a front-end any more."""
+        asked = asyncio.create_task(self._wait_for_stop())
+        served = asyncio.create_task(_wait_for_all(servers))
+        try:
+            await asyncio.wait([asked, served], return_when=asyncio.FIRST_COMPLETED)
+            if served.done():
+                served.result()
+        finally:
+            asked.cancel()
+            served.cancel()
+            await asyncio.gather(asked, served, return_exceptions=True)
+
+    async def _wait_for_stop(self) -> None:
+        await self._stop.wait()
 
     @contextlib.asynccontextmanager
     async def _controlled(self) -> AsyncIterator[None]:
@@ -98,7 +114,12 @@ class Service:
                 "writeback": device.writeback,
             }
         else:
+            from vdev.net.device import NetDevice  # loaded already, where there is such a device
+
+            assert isinstance(device, NetDevice)
             status["kind"] = "net"
+            status["tap"] = device.tap.name
+            status["link_up"] = device.link_up
         status["stats"] = device.stats()
         return status
 
@@ -120,3 +141,7 @@ class Service:
         if not (size is None or (isinstance(size, int) and not isinstance(size, bool))):
             raise UserError(f"size {size!r}: bytes, or text like 2GiB")
         return {"size": server.device.resize(size)}
+
+
+async def _wait_for_all(servers: Sequence[DeviceServer]) -> None:
+    await asyncio.gather(*(server.wait() for server in servers))
