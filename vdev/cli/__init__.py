@@ -32,9 +32,11 @@ def run(program: str, parse: Callable[[], Namespace]) -> int:
     from vdev.errors import UserError
 
     try:
-        arguments = parse()
-        code: int = arguments.run(arguments)
-        sys.stdout.flush()
+        try:
+            arguments = parse()
+            code: int = arguments.run(arguments)
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         for line in str(error).splitlines():
             print(f"{program}: {line}", file=sys.stderr)

@@ -23,6 +23,8 @@ from vdev.units import format_size
 
 Status = dict[str, Any]
 
+_WORK = {"blk": "completions", "net": "packets"}
+
 
 def status(arguments: Namespace) -> int:
     """``vdev status``."""
@@ -124,7 +126,14 @@ def _table(server: Status, before: Status | None, seconds: float) -> Table:
     per = "/s" if rates else ""
     for words in ("device", "socket", "serves", "state"):
         table.add_column(words, overflow="fold")
-    numbers = (f"requests{per}", f"to guest{per}", f"from guest{per}", "p50", "p99", "errors")
+    numbers = (
+        f"requests or packets{per}",
+        f"to guest{per}",
+        f"from guest{per}",
+        "p50",
+        "p99",
+        "errors",
+    )
     for number in numbers:
         table.add_column(number, justify="right")
     totals_before = {d["name"]: d["stats"]["total"] for d in before["devices"]} if before else {}
@@ -133,7 +142,7 @@ def _table(server: Status, before: Status | None, seconds: float) -> Table:
         old = totals_before.get(device["name"]) if rates else None
         requests, to_guest, from_guest = (
             (total[name] - (old[name] if old else 0)) / (seconds if old else 1)
-            for name in ("completions", "bytes_read", "bytes_written")
+            for name in (_WORK[device["kind"]], "bytes_read", "bytes_written")
         )
         table.add_row(
             device["name"],
@@ -143,8 +152,8 @@ def _table(server: Status, before: Status | None, seconds: float) -> Table:
             f"{requests:,.0f}",
             format_size(round(to_guest)),
             format_size(round(from_guest)),
-            _microseconds(total["latency"]["p50"]),
-            _microseconds(total["latency"]["p99"]),
+            _microseconds(total["latency"], "p50"),
+            _microseconds(total["latency"], "p99"),
             str(total["errors"] + total["breaks"]),
         )
     return table
@@ -157,5 +166,5 @@ def _serves(device: Status) -> str:
     return f"tap {device.get('tap', '?')}"
 
 
-def _microseconds(nanoseconds: int) -> str:
-    return f"{nanoseconds / 1000:.1f} µs" if nanoseconds else "-"
+def _microseconds(latency: Status, quantile: str) -> str:
+    return f"{latency[quantile] / 1000:.1f} µs" if latency["count"] else "-"

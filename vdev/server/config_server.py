@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 
 from vdev.config import Config
-from vdev.server import blk
+from vdev.server.blk import serve as serve_blk
 from vdev.server.device_server import DeviceServer
 from vdev.server.pool import running_iothreads
 
@@ -23,7 +23,7 @@ async def serve_config(config: Config) -> AsyncIterator[Sequence[DeviceServer]]:
         )
         servers = [
             await stack.enter_async_context(
-                blk.serve(
+                serve_blk(
                     disk.socket,
                     disk.image,
                     read_only=disk.read_only,
@@ -38,11 +38,11 @@ async def serve_config(config: Config) -> AsyncIterator[Sequence[DeviceServer]]:
             for disk in config.blk
         ]
         if config.net:
-            from vdev.server import net  # brings pyroute2
+            from vdev.server.net import serve as serve_net  # brings pyroute2
 
             servers += [
                 await stack.enter_async_context(
-                    net.serve(
+                    serve_net(
                         card.socket,
                         tap=card.tap,
                         bridge=card.bridge,
