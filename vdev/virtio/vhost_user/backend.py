@@ -173,16 +173,17 @@ class Backend:
         """Moves all queues over to a new snapshot; the old one goes when none is left in it."""
         regions = tuple(mapped)
         memory = GuestMemory(mapped.values())
-        for index in self.session.unplaceable(regions):
-            self._log.warning(
-                "%s: queue %d stopped: its memory was taken away", self.device.name, index
-            )
-            await self._stop_ring(index)
         for ring, vring in zip(self.session.rings, self.vrings, strict=True):
             if vring.queue is None or ring.addresses is None:
                 continue
-            placement = place_ring(regions, ring.addresses, ring.size)
-            if placement == ring.placement:
+            try:
+                placement = place_ring(regions, ring.addresses, ring.size)
+            except PeerError:
+                # The guest addresses may be there still, but they are not the ring's: breaking
+                # it needs a memory that certainly lacks them.
+                await vring.queue.set_memory(GuestMemory(()))
+                continue
+            if placement == ring.placement or vring.queue.fault:
                 await vring.queue.set_memory(memory)
             else:
                 # The same place for the front-end, another one for the guest.
@@ -276,9 +277,7 @@ class Backend:
 
     # The device
 
-    async def get_config(self, body: ConfigAccess | None, _fds: list[int]) -> ConfigAccess | None:
-        if body is None:
-            return None
+    async def get_config(self, body: ConfigAccess, _fds: list[int]) -> ConfigAccess:
         data = self.device.config()[body.offset : body.offset + body.size]
         return body._replace(data=data)
 

@@ -2,7 +2,8 @@
 
 Policy E.  A message that is refused gets a nonzero ack where the front-end asked for one and
 REPLY_ACK was agreed; without a way to say no, the connection is closed.  Messages with an answer
-of their own have no way either ("the need_reply bit … brings no behavioural change").
+of their own have no way either ("the need_reply bit … brings no behavioural change"), but for
+those whose row has an `error_reply`.
 """
 
 from __future__ import annotations
@@ -48,11 +49,22 @@ async def _answer(message: Message, backend: Backend, log: RateLimitedLog) -> by
     try:
         request, value = await backend.handle(message)
     except (PeerError, OSError) as error:
-        row = TABLE.get(message.request)
-        if not ack or (row is not None and row.reply is not None):
+        no = _refusal(message, ack)
+        if no is None:
             raise
         log.warning("%s: refused: %s", backend.device.name, error)
-        return encode(message.request, U64.encode(1), REPLY)
+        return no
     if request.row.reply is not None:
         return encode(message.request, request.row.reply.encode(value), REPLY)
     return encode(message.request, U64.encode(0), REPLY) if ack else b""
+
+
+def _refusal(message: Message, ack: bool) -> bytes | None:
+    """The reply that says no, or None where there is none."""
+    row = TABLE.get(message.request)
+    # Descriptors on it are a breach of the framing, not a wrong request.
+    if row is not None and row.error_reply is not None and not message.fds:
+        return encode(message.request, row.error_reply, REPLY)
+    if ack and (row is None or row.reply is None):
+        return encode(message.request, U64.encode(1), REPLY)
+    return None

@@ -144,10 +144,7 @@ def _decode_config(payload: bytes) -> ConfigAccess:
     return ConfigAccess(offset, size, flags, data)
 
 
-def _encode_config(access: ConfigAccess | None) -> bytes:
-    """None: the request failed ("a zero-size payload", VHOST_USER_GET_CONFIG)."""
-    if access is None:
-        return b""
+def _encode_config(access: ConfigAccess) -> bytes:
     return _CONFIG.pack(access.offset, access.size, access.flags) + access.data
 
 

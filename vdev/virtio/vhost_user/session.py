@@ -14,6 +14,7 @@ Source: vhost-user specification, "Starting and stopping rings" and "Front-end m
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -128,17 +129,6 @@ class Session:
         if handler := _COMMITS.get(request.row.handler):
             handler(self, request.body)
 
-    def unplaceable(self, regions: tuple[MemoryRegion, ...]) -> list[int]:
-        """The started rings that would not lie within these regions."""
-        lost = []
-        for ring in self.rings:
-            if ring.started and ring.addresses is not None:
-                try:
-                    place_ring(regions, ring.addresses, ring.size)
-                except PeerError:
-                    lost.append(ring.index)
-        return lost
-
     def _check(self, row: Row, message: Message) -> Any:
         if row.refusal is not None:
             raise NotSupported(row.refusal)
@@ -181,6 +171,10 @@ class Session:
     def check_set_features(self, body: int, _fds: int) -> int:
         if extra := body & ~self.offered:
             raise PeerError(f"features {extra:#x} were not offered")
+        # virtio 1.3, section 6.2: a device may refuse a driver that does not accept VERSION_1,
+        # and ours speak no legacy layout.
+        if self.offered & F_VERSION_1 and not body & F_VERSION_1:
+            raise PeerError("VIRTIO_F_VERSION_1 was not accepted, and there is no legacy device")
         if self.features is not None and body != self.features and self._running():
             raise PeerError("features cannot change while rings run")
         return body
@@ -288,12 +282,7 @@ class Session:
             raise PeerError(f"MTU {body}, expected {low} to {high}")
         return body
 
-    def check_get_config(self, body: ConfigAccess, _fds: int) -> ConfigAccess | None:
-        """None where the access is out of bounds: the answer is a zero-size payload."""
-        inside = body.size > 0 and body.offset + body.size <= self.config_size
-        return body if inside and body.flags in _CONFIG_FLAGS else None
-
-    def check_set_config(self, body: ConfigAccess, _fds: int) -> ConfigAccess:
+    def check_get_config(self, body: ConfigAccess, _fds: int) -> ConfigAccess:
         if body.flags not in _CONFIG_FLAGS:
             raise PeerError(f"flags {body.flags:#x}, expected one of {_CONFIG_FLAGS}")
         if body.size == 0 or body.offset + body.size > self.config_size:
@@ -302,6 +291,8 @@ class Session:
                 f"{self.config_size} bytes"
             )
         return body
+
+    check_set_config = check_get_config
 
     def check_set_status(self, body: int, _fds: int) -> int:
         """virtio 1.3, section 2.1: bits are set one after another and cleared only by a reset.
@@ -314,8 +305,7 @@ class Session:
             raise PeerError(f"status bits {extra:#x} are unknown")
         if cleared := self.status & ~body:
             raise PeerError(f"status bits {cleared:#x} can only be cleared by a reset")
-        modern = bool((self.features or 0) & F_VERSION_1)
-        if body & _DRIVER_OK and not body & _FEATURES_OK and (modern or self.features is None):
+        if body & _DRIVER_OK and not body & _FEATURES_OK:
             raise PeerError("DRIVER_OK without FEATURES_OK")
         return body
 
@@ -348,14 +338,12 @@ class Session:
         self._set_regions(tuple(region for region in self.regions if region is not body))
 
     def _set_regions(self, regions: tuple[MemoryRegion, ...]) -> None:
-        """Rings that are no longer in memory stop; others may lie elsewhere for the guest."""
-        lost = self.unplaceable(regions)
+        """A ring that is no longer in memory has broken: it stays where it was until it stops."""
         self.regions = regions
         for ring in self.rings:
-            if ring.index in lost:
-                ring.placement = None
-            elif ring.started and ring.addresses is not None:
-                ring.placement = place_ring(regions, ring.addresses, ring.size)
+            if ring.started and ring.addresses is not None:
+                with contextlib.suppress(PeerError):
+                    ring.placement = place_ring(regions, ring.addresses, ring.size)
 
     def commit_set_vring_num(self, body: VringState) -> None:
         self.rings[body.ring].size = body.num

@@ -46,7 +46,8 @@ class Row:
 
     payload: layout of the request.  reply: layout of the answer; None = an ack where one is asked
     for (REPLY_ACK).  fds: fewest and most file descriptors.  protocol_feature: the bit that must
-    have been agreed.  needs: see Needs.  refusal: why the message is always refused.
+    have been agreed.  needs: see Needs.  error_reply: payload of the reply that says no, where the message
+    has one.  refusal: why the message is always refused.
     """
 
     request: int
@@ -56,6 +57,7 @@ class Row:
     fds: tuple[int, int] = (0, 0)
     protocol_feature: int | None = None
     needs: Needs = Needs.NOTHING
+    error_reply: bytes | None = None
     refusal: str | None = None
 
     @property
@@ -132,7 +134,14 @@ ROWS: tuple[Row, ...] = (
         protocol_feature=lib.VHOST_USER_PROTOCOL_F_BACKEND_REQ,
     ),
     Row(lib.VHOST_USER_IOTLB_MSG, "iotlb_msg", OPAQUE, refusal="a vIOMMU is not offered"),
-    Row(lib.VHOST_USER_GET_CONFIG, "get_config", CONFIG, CONFIG, protocol_feature=_F_CONFIG),
+    Row(
+        lib.VHOST_USER_GET_CONFIG,
+        "get_config",
+        CONFIG,
+        CONFIG,
+        protocol_feature=_F_CONFIG,
+        error_reply=b"",
+    ),
     Row(lib.VHOST_USER_SET_CONFIG, "set_config", CONFIG, protocol_feature=_F_CONFIG),
     Row(
         lib.VHOST_USER_POSTCOPY_ADVISE,
@@ -149,7 +158,6 @@ ROWS: tuple[Row, ...] = (
     Row(
         lib.VHOST_USER_POSTCOPY_END,
         "postcopy_end",
-        reply=U64,
         protocol_feature=_F_PAGEFAULT,
         refusal=_NO_POSTCOPY,
     ),
