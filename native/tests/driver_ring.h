@@ -249,4 +249,17 @@ static inline struct vring_used_elem driver_take(struct driver_ring *d)
     return d->used_ring[d->seen++ & (d->size - 1)];
 }
 
+/* Each descriptor a chain of its own: one byte for the device to write. */
+static inline void one_byte_each(struct driver_ring *d)
+{
+    for (uint16_t i = 0; i < d->size; i++)
+        set_desc(d->desc, i, buffer_addr(d, i), 1, VRING_DESC_F_WRITE, 0);
+}
+
+static inline void round_trip(struct driver_ring *d, uint16_t head)
+{
+    driver_send(d, head);
+    CHECK_EQ(driver_take(d).id, head);
+}
+
 #endif

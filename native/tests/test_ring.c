@@ -210,12 +210,6 @@ static void an_indirect_table_may_be_longer_than_the_queue(void)
 
 /* ---- indexes ---- */
 
-static void one_byte_each(struct driver_ring *d)
-{
-    for (uint16_t i = 0; i < d->size; i++)
-        set_desc(d->desc, i, buffer_addr(d, i), 1, VRING_DESC_F_WRITE, 0);
-}
-
 static void indexes_wrap_at_65536(void)
 {
     struct rig r;
