@@ -7,7 +7,6 @@
  * clock, and the decision to kick are paid once a batch.  A latency is therefore the time from
  * the batch that sent a request to the batch that saw it done.
  */
-#define _GNU_SOURCE
 #include "internal.h"
 #include <errno.h>
 #include <poll.h>

@@ -3,7 +3,6 @@
  * sometimes neighbours and sometimes not, and a measurement across them is worth as much as the
  * record of which it was.
  */
-#define _GNU_SOURCE
 #include "internal.h"
 #include <errno.h>
 #include <pthread.h>
