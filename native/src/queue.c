@@ -234,7 +234,7 @@ static void answer(struct queue_message *m, int result, uint64_t value)
     struct vhost_event event = {
         .kind = VHOST_EVENT_DONE, .token = m->token, .result = result, .value = value};
 
-    if (m->op == QUEUE_STOP || (m->op == QUEUE_START && result < 0))
+    if ((m->op == QUEUE_STOP && result == 0) || (m->op == QUEUE_START && result < 0))
         q->thread = NULL;
     free(m);
     events_post(events, &event);
