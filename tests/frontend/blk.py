@@ -175,8 +175,7 @@ class BlkClient(Session):
         try:
             self.negotiate(features, protocol=protocol)
             self.share(self.memory, slots=slots)
-            event_idx = bool(self.features & F_EVENT_IDX)
-            self.rings += [SplitRing(self.memory, size, event_idx=event_idx) for _ in range(queues)]
+            self.rings += [self.new_ring(size) for _ in range(queues)]
             if start:
                 for index, ring in enumerate(self.rings):
                     ring.reset(base)
@@ -196,6 +195,11 @@ class BlkClient(Session):
             ring.close()
         self.rings.clear()
         self.memory.close()
+
+    def new_ring(self, size: int = 64, *, region: Region | None = None) -> SplitRing:
+        """A ring in our memory, as the negotiated features want it, unknown to the server."""
+        event_idx = bool(self.features & F_EVENT_IDX)
+        return SplitRing(self.memory, size, event_idx=event_idx, region=region)
 
     @property
     def ring(self) -> SplitRing:
@@ -247,10 +251,14 @@ class BlkClient(Session):
     def finish(self, pending: Pending, *, timeout: float = TIMEOUT) -> Completion:
         used = self.used_of(pending, timeout=timeout)
         written = self.memory.read(*pending.writable)
-        self.memory.release(*pending.readable)
-        self.memory.release(*pending.writable)
+        self.release(pending)
         status = written[-1] if written else S_UNSET
         return Completion(status, written[:-1], used.len)
+
+    def release(self, pending: Pending) -> None:
+        """Give the buffers of a request back to the allocator."""
+        self.memory.release(*pending.readable)
+        self.memory.release(*pending.writable)
 
     def request(
         self,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import threading
 from collections.abc import Iterator
+from typing import Self
 
 from . import wire
 
@@ -44,6 +44,12 @@ class Region:
         self.view = memoryview(self.map)
         # The first and the last page stay out of the allocator: tests place things there.
         self._holes = [(guest_addr + PAGE, guest_addr + size - PAGE)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     @property
     def end(self) -> int:
@@ -151,14 +157,3 @@ class GuestMemory:
         for region in self.regions:
             region.close()
         self.regions.clear()
-
-
-@contextlib.contextmanager
-def adjacent(size: int = 1 << 20, *, at: int = 1 << 31) -> Iterator[tuple[Region, Region]]:
-    """Two regions of different files that meet at `at` + `size`."""
-    pair = (Region(at, size), Region(at + size, size))
-    try:
-        yield pair
-    finally:
-        for region in pair:
-            region.close()

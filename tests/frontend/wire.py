@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-TIMEOUT = 20.0
+TIMEOUT = 10.0
 """Seconds after which a silent server counts as hung.  Nothing waits this long on success."""
 
 HEADER = struct.Struct("=III")

@@ -103,7 +103,7 @@ def check_unchanged(disk: BlkClient) -> None:
 
 def spare_ring(disk: BlkClient, stack: ExitStack, size: int = 64) -> SplitRing:
     """A ring in `disk`'s memory that is not known to the server yet."""
-    ring = SplitRing(disk.memory, size)
+    ring = disk.new_ring(size)
     stack.callback(ring.close)
     return ring
 
@@ -111,7 +111,7 @@ def spare_ring(disk: BlkClient, stack: ExitStack, size: int = 64) -> SplitRing:
 def start_spare(disk: BlkClient, ring: SplitRing | None = None) -> SplitRing:
     """Set up and start the spare ring properly; from now on `disk` owns it."""
     if ring is None:
-        ring = SplitRing(disk.memory, 64, event_idx=disk.ring.event_idx)
+        ring = disk.new_ring()
     disk.rings.append(ring)
     disk.start_ring(SPARE, ring)
     return ring

@@ -11,7 +11,6 @@ import pytest
 from tests.frontend import wire
 from tests.frontend.blk import FEATURES, S_OK, SECTOR, T_IN, BlkClient, header
 from tests.frontend.memory import GuestMemory, Region
-from tests.frontend.ring import SplitRing
 from tests.frontend.session import F_PROTOCOL_FEATURES, Session
 from tests.frontend.wire import Request, u64, vring_addr, vring_state
 
@@ -134,7 +133,7 @@ def test_cp20_addr_changed_while_running(victim: Target, letter: str) -> None:
 @pytest.mark.parametrize("size", [1, 2, 32768], ids="cp20-size-{}-is-legal".format)
 def test_cp20_extreme_sizes(victim: Target, size: int) -> None:
     with victim.client() as disk:
-        ring = start_spare(disk, SplitRing(disk.memory, size))
+        ring = start_spare(disk, disk.new_ring(size))
         if size == 1:
             # Room for a single descriptor: only an indirect table carries a request.
             pending = disk.submit(header(T_IN), SECTOR + 1, queue=SPARE, indirect=True)
@@ -267,7 +266,7 @@ def test_cp22_ring_over_two_regions(victim: Target) -> None:
 
 def test_cp22_ring_in_the_last_bytes_is_legal(victim: Target) -> None:
     with victim.client() as disk:
-        ring = SplitRing(disk.memory, 64)
+        ring = disk.new_ring()
         ring.desc = disk.memory.regions[0].end - DESC_BYTES
         ring.reset()
         start_spare(disk, ring)
