@@ -295,7 +295,8 @@ static bool retire_idle(struct vhost_iothread *t, uint64_t now)
         return false;
     for (uint32_t i = 0; i < t->num_polling;) {
         struct vhost_queue *q = t->polling[i];
-        bool waits = !q->broken && (q->kick_fd < 0 || now - q->active_ns < t->poll_ns);
+        bool only_polled = q->kick_fd < 0 && !q->no_kicks;
+        bool waits = !q->broken && (only_polled || now - q->active_ns < t->poll_ns);
         if (waits) {
             i++;
         } else if (!q->broken && !q->no_kicks && ring_arm(q)) {

@@ -137,6 +137,8 @@ class Backend:
         return self.session.offered_protocol
 
     async def get_queue_num(self, _body: None, _fds: list[int]) -> int:
+        # Virtqueues.  Some back-ends count pairs for net; cloud-hypervisor compares with queues,
+        # and QEMU's pairs are never more than those.
         return self.device.num_queues
 
     async def reset_owner(self, _body: None, _fds: list[int]) -> None:
