@@ -14,7 +14,7 @@ from tests.lab import fio, image
 from tests.lab.lab import Lab
 from tests.lab.process import run
 from tests.lab.qemu import Guest
-from tests.lab.server import BlkDevice
+from tests.lab.server import BlkDevice, Server
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -26,6 +26,7 @@ _MARK = b"not to be written"
 class Disks:
     """The booted guest and what its disks are made of."""
 
+    server: Server
     guest: Guest
     data: BlkDevice
     readonly: BlkDevice
@@ -38,8 +39,11 @@ async def disks(lab: Lab) -> AsyncIterator[Disks]:
     sealed = lab.blank("disk-readonly", 16 << 20)
     _write(sealed, _MARK)
     readonly = lab.blk("disk-readonly", sealed, read_only=True)
-    async with lab.serving(root, data, readonly), lab.boot([root, data, readonly]) as guest:
-        yield Disks(guest, data, readonly)
+    async with (
+        lab.serving(root, data, readonly) as server,
+        lab.boot([root, data, readonly]) as guest,
+    ):
+        yield Disks(server, guest, data, readonly)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -75,6 +79,8 @@ async def test_every_queue_of_a_disk_is_used(disks: Disks) -> None:
     )
     sent, stored = written.output.split("\n")[:2]
     assert sent == stored
+    for queue in await disks.server.queue_stats(disks.data.socket):
+        assert queue["bytes_written"] >= 4 << 20
 
 
 async def test_a_file_system_keeps_what_was_written(disks: Disks) -> None:

@@ -17,7 +17,7 @@ from tests.lab.lab import Lab
 from tests.lab.network import Network
 from tests.lab.process import run
 from tests.lab.qemu import Guest
-from tests.lab.server import NetDevice
+from tests.lab.server import NetDevice, Server
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -30,10 +30,12 @@ _PING_HEADERS = 28
 class Wires:
     """The booted guest and its two networks: eth0 on ``plain``, eth1 on ``large``."""
 
+    server: Server
     guest: Guest
     plain: Network
     plain_nic: NetDevice
     large: Network
+    large_nic: NetDevice
     directory: Path
 
 
@@ -43,8 +45,11 @@ async def wires(lab: Lab, networking: None) -> AsyncIterator[Wires]:
     plain, large = await lab.network(), await lab.network()
     eth0 = lab.net("net-plain", plain)
     eth1 = lab.net("net-large", large, mtu=_MTU, queues=2)
-    async with lab.serving(root, eth0, eth1), lab.boot([root], [eth0, eth1]) as guest:
-        yield Wires(guest, plain, eth0, large, lab.directory)
+    async with (
+        lab.serving(root, eth0, eth1) as server,
+        lab.boot([root], [eth0, eth1]) as guest,
+    ):
+        yield Wires(server, guest, plain, eth0, large, eth1, lab.directory)
 
 
 async def _link(name: str) -> dict[str, str]:
@@ -125,10 +130,16 @@ async def test_two_queue_pairs_carry_traffic(wires: Wires) -> None:
     guest = wires.guest
     await guest.run("ethtool -L eth1 combined 2")
     assert "Combined:\t2" in (await guest.run("ethtool -l eth1")).output.replace(" ", "")
-    result = await iperf(guest, wires.large.host, wires.directory, seconds=2)
-    assert result.received_bytes > 1 << 20
-    result = await iperf(guest, wires.large.host, wires.directory, seconds=2, reverse=True)
-    assert result.received_bytes > 1 << 20
+    for reverse in (False, True):
+        result = await iperf(guest, wires.large.host, wires.directory, seconds=2, reverse=reverse)
+        assert result.received_bytes > 1 << 20
+    # The guest sends from the queue of the CPU that it is on.
+    before = await wires.server.queue_stats(wires.large_nic.socket)
+    for cpu in (0, 1):
+        await guest.run(f"taskset -c {cpu} ping -q -c 20 -i 0.02 {wires.large.host}")
+    after = await wires.server.queue_stats(wires.large_nic.socket)
+    for transmit in (1, 3):
+        assert after[transmit]["packets"] > before[transmit]["packets"]
 
 
 @pytest.mark.parametrize("offloads", ["on", "off"])

@@ -38,8 +38,11 @@ async def iperf(
     async with running("iperf3", server, directory / "iperf3.log", pipe=True) as process:
         await while_running(process, process.line_with("Server listening"), "at its start")
         result = await guest.run(
-            f"iperf3 --client {address} --time {seconds} --json{' --reverse' if reverse else ''}"
+            f"iperf3 --client {address} --time {seconds} --json{' --reverse' if reverse else ''}",
+            check=False,
         )
+    if result.code:
+        raise ValueError(f"iperf3 (exit code {result.code}): {result.output}")
     end = json.loads(result.output)["end"]
     return IperfResult(
         bits_per_second=end["sum_received"]["bits_per_second"],

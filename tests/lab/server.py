@@ -85,9 +85,12 @@ class Server:
         self.told_to_stop = True
         return await self.process.stop()
 
-    async def status(self) -> Any:
-        """What ``vdev status --json`` tells of it."""
-        return json.loads(await run(*command(), "status", str(self.process.pid), "--json"))
+    async def queue_stats(self, socket: Path) -> list[dict[str, Any]]:
+        """The counters of each queue of the device on this socket, as ``vdev status`` has them."""
+        (status,) = json.loads(await run(*command(), "status", str(self.process.pid), "--json"))
+        (device,) = (d for d in status["devices"] if d["socket"] == str(socket))
+        queues: list[dict[str, Any]] = device["stats"]["queues"]
+        return queues
 
 
 @contextlib.asynccontextmanager
