@@ -99,8 +99,9 @@ void iothread_complete(struct vhost_iothread *t, struct io_op *op, int32_t resul
     pthread_mutex_lock(&t->lock);
     op->next = t->completed;
     t->completed = op;
-    pthread_mutex_unlock(&t->lock);
+    /* Under the lock: once the iothread has the op, nothing keeps it from being freed. */
     wake(t);
+    pthread_mutex_unlock(&t->lock);
 }
 
 static void take_mail(struct vhost_iothread *t)
