@@ -79,7 +79,8 @@ static inline bool probe_service(struct vhost_queue *q)
     struct chain c;
     bool any = false;
 
-    if (!q->enabled)
+    q->no_kicks = !q->enabled || !queue_may_pop(q);
+    if (q->no_kicks)
         return false;
     while (queue_may_pop(q) && ring_pending(q) && ring_pop(q, &c)) {
         any = true;

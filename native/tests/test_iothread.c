@@ -137,6 +137,34 @@ static void a_second_stop_during_a_drain_is_refused(void)
     rig_close(&r);
 }
 
+static void a_message_behind_a_stop_is_answered(void)
+{
+    struct rig r;
+    int call = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+
+    rig_open(&r, 8, 0);
+    for (uint64_t i = 0; i < 200; i++) {
+        uint64_t token = 10 * i;
+        int err[4];
+        CHECK_EQ(vhost_queue_stop(r.queue, token), 0);
+        /* The stop may be carried out before, between or after these: no matter which. */
+        err[0] = vhost_queue_set_call(r.queue, call, token + 1);
+        err[1] = vhost_queue_set_enabled(r.queue, true, token + 2);
+        err[2] = vhost_queue_set_memory(r.queue, r.guest.memory, token + 3);
+        err[3] = vhost_queue_stop(r.queue, token + 4);
+        CHECK_EQ(await_event(&r.control, VHOST_EVENT_DONE, token).result, 0);
+        for (uint64_t m = 0; m < 4; m++) {
+            if (err[m] == 0)
+                await_event(&r.control, VHOST_EVENT_DONE, token + 1 + m);
+            else
+                CHECK_EQ(err[m], -EINVAL);
+        }
+        queue_run(&r.control, r.queue);
+    }
+    close(call);
+    rig_close(&r);
+}
+
 static void messages_need_a_running_queue(void)
 {
     struct rig r;
@@ -161,6 +189,10 @@ static void answers_carry_their_tokens_in_order(void)
     uint64_t next = 100;
 
     rig_open(&r, 8, 0);
+    struct vhost_events *none;
+    CHECK_EQ(vhost_events_new(&none), 0);
+    CHECK_EQ(vhost_events_read(none, e, 7), 0);
+    vhost_events_free(none);
     for (uint64_t t = 100; t < 150; t++)
         CHECK_EQ(vhost_queue_set_enabled(r.queue, t % 2, t), 0);
     while (next < 150) {
@@ -450,6 +482,7 @@ static const struct test tests[] = {
     TEST(work_that_waited_is_served_at_the_start),
     TEST(a_stop_waits_for_what_is_in_flight),
     TEST(a_second_stop_during_a_drain_is_refused),
+    TEST(a_message_behind_a_stop_is_answered),
     TEST(messages_need_a_running_queue),
     TEST(answers_carry_their_tokens_in_order),
     TEST(a_new_call_fd_is_called_at_once_and_from_then_on),
