@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import vdev.cli
-
 from .conftest import VDEV, VDEV_BLK, VDEV_NET, Run, Start
 
-SHARE = Path(vdev.cli.__file__).parents[1] / "share"
+SHARE = Path(__file__).parents[2] / "vdev/share"
 
 
 @pytest.mark.parametrize(
