@@ -45,7 +45,7 @@ def protocol_feature_names() -> dict[int, str]:
 def status_names() -> dict[int, str]:
     """Bit value → name of the device status (virtio 1.3, section 2.1)."""
     elements = ffi.typeof("enum virtio_status").elements
-    return {value: _short(name, ("VIRTIO_STATUS_",)) for value, name in elements.items()}
+    return {value: _short(name, ("VIRTIO_STATUS_",)) for value, name in sorted(elements.items())}
 
 
 def describe_features(features: int, names: dict[int, str]) -> list[str]:

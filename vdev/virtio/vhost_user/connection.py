@@ -8,6 +8,7 @@ those whose row has an `error_reply`.
 
 from __future__ import annotations
 
+import asyncio
 import socket
 
 from vdev._native import lib
@@ -39,7 +40,13 @@ async def serve_connection(sock: socket.socket, backend: Backend, log: RateLimit
         log.warning("%s: connection lost: %s", backend.device.name, error)
     finally:
         channel.close()
-        await backend.close()
+        # A server that is closed while a front-end leaves must not leave queues running.
+        closing = asyncio.ensure_future(backend.close())
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            await asyncio.wait([closing])
+            raise
 
 
 async def _answer(message: Message, backend: Backend, log: RateLimitedLog) -> bytes:

@@ -46,8 +46,8 @@ class Row:
 
     payload: layout of the request.  reply: layout of the answer; None = an ack where one is asked
     for (REPLY_ACK).  fds: fewest and most file descriptors.  protocol_feature: the bit that must
-    have been agreed.  needs: see Needs.  error_reply: payload of the reply that says no, where the message
-    has one.  refusal: why the message is always refused.
+    have been agreed.  needs: see Needs.  error_reply: payload of the reply that says no, for
+    messages that have one.  refusal: why the message is always refused.
     """
 
     request: int

@@ -1,0 +1,46 @@
+"""Every asynchronous test runs under asyncio in debug mode and under uvloop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping
+
+import pytest
+import pytest_asyncio
+import uvloop
+
+pytest_plugins = ["tests.lab.skips"]
+
+
+def _debug_loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.SelectorEventLoop()
+    loop.set_debug(True)
+    return loop
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    return {"asyncio": _debug_loop, "uvloop": uvloop.new_event_loop}
+
+
+def open_fds() -> Counter[str]:
+    """What the descriptors of this process are open on."""
+    names: Counter[str] = Counter()
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            names[os.readlink(f"/proc/self/fd/{fd}").split("[")[0].split(":")[0]] += 1
+        except FileNotFoundError:
+            continue
+    return names
+
+
+@pytest_asyncio.fixture
+async def fd_count() -> AsyncIterator[Callable[[], Counter[str]]]:
+    """The test leaves as many descriptors open as it found, of each kind."""
+    before = open_fds()
+    yield open_fds
+    await asyncio.sleep(0)
+    assert open_fds() == before
