@@ -139,6 +139,7 @@ enum queue_op {
 struct queue_message {
     struct queue_message *next;
     struct vhost_queue *queue;
+    struct vhost_iothread *thread; /* to which it was posted */
     enum queue_op op;
     uint64_t token;
     int fd;
@@ -159,7 +160,6 @@ struct vhost_queue {
     uint32_t index;
     uint32_t in_flight; /* popped and not yet pushed */
 
-    bool running; /* owned by an iothread */
     bool enabled;
     bool broken;
     bool polling;  /* in the iothread's polling set, notifications off */
@@ -169,8 +169,10 @@ struct vhost_queue {
     bool call_blocks;   /* call_fd lacks O_NONBLOCK */
     uint64_t active_ns; /* when it last had work */
 
-    struct vhost_iothread *thread;
-    struct vhost_queue *next; /* in the iothread's list */
+    struct vhost_iothread *thread;         /* NULL unless running; the iothread's own */
+    _Atomic(struct vhost_iothread *) home; /* where the control thread posts to */
+    atomic_uint unanswered;                /* messages */
+    struct vhost_queue *next;              /* in the iothread's list */
     struct vhost_queue *next_dirty;
     struct queue_message *draining; /* STOP or MEMORY that waits for in_flight == 0 */
 
@@ -188,7 +190,7 @@ void queue_break(struct vhost_queue *q, enum vhost_fault fault);
 /* Called by the iothread. */
 void queue_handle(struct queue_message *message);
 void queue_settle(struct vhost_queue *q); /* finishes a drain when nothing is in flight */
-/* True while the device may pop: running, not broken, not draining. */
+/* True while the device may pop: not broken, not draining. */
 static inline bool queue_may_pop(const struct vhost_queue *q)
 {
     return !q->broken && !q->draining;
@@ -254,7 +256,6 @@ struct device_ops {
     int (*queue_open)(struct vhost_queue *q);
     void (*queue_close)(struct vhost_queue *q);
     /* Iothread. */
-    int (*attach)(struct vhost_queue *q);   /* may be NULL */
     void (*detach)(struct vhost_queue *q);  /* nothing is in flight; may be NULL */
     bool (*service)(struct vhost_queue *q); /* one pass; true if anything was done */
     void (*quiesce)(struct vhost_queue *q); /* a drain begins: give back what was only looked at */

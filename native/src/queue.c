@@ -136,7 +136,7 @@ int vhost_queue_free(struct vhost_queue *q)
 {
     if (!q)
         return 0;
-    if (q->thread)
+    if (atomic_load(&q->home) || atomic_load(&q->unanswered))
         return -EBUSY;
     queue_destroy(q);
     return 0;
@@ -158,21 +158,32 @@ void queue_break(struct vhost_queue *q, enum vhost_fault fault)
 
 /* ---- messages: the control thread's end ---- */
 
+/* Gives back what a message holds and was not carried out. */
+static void release(struct queue_message *m)
+{
+    close_fd(&m->fd);
+    vhost_memory_unref(m->memory);
+}
+
+/* What the message holds is the library's from here on. */
 static int post(struct vhost_queue *q, struct queue_message message)
 {
-    struct queue_message *m = malloc(sizeof(*m));
+    struct vhost_iothread *thread = atomic_load(&q->home);
+    struct queue_message *m = thread ? malloc(sizeof(*m)) : NULL;
 
-    if (!m)
-        return -ENOMEM;
+    if (!m) {
+        release(&message);
+        return thread ? -ENOMEM : -EINVAL;
+    }
     *m = message;
     m->queue = q;
-    return iothread_post(q->thread, m);
+    m->thread = thread;
+    atomic_fetch_add(&q->unanswered, 1);
+    return iothread_post(thread, m);
 }
 
 static int post_fd(struct vhost_queue *q, enum queue_op op, int fd, uint64_t token)
 {
-    if (!q->thread)
-        return -EINVAL;
     int copy = dup_fd(fd);
     if (copy < -1)
         return copy;
@@ -181,17 +192,18 @@ static int post_fd(struct vhost_queue *q, enum queue_op op, int fd, uint64_t tok
 
 int vhost_queue_start(struct vhost_queue *q, struct vhost_iothread *thread, uint64_t token)
 {
-    if (q->thread)
+    if (atomic_load(&q->home))
         return -EBUSY;
-    q->thread = thread;
-    return post(q, (struct queue_message){.op = QUEUE_START, .token = token});
+    atomic_store(&q->home, thread);
+    int err = post(q, (struct queue_message){.op = QUEUE_START, .fd = -1, .token = token});
+    if (err < 0)
+        atomic_store(&q->home, NULL);
+    return err;
 }
 
 int vhost_queue_stop(struct vhost_queue *q, uint64_t token)
 {
-    if (!q->thread)
-        return -EINVAL;
-    return post(q, (struct queue_message){.op = QUEUE_STOP, .token = token});
+    return post(q, (struct queue_message){.op = QUEUE_STOP, .fd = -1, .token = token});
 }
 
 int vhost_queue_set_call(struct vhost_queue *q, int fd, uint64_t token)
@@ -211,47 +223,41 @@ int vhost_queue_set_kick(struct vhost_queue *q, int fd, uint64_t token)
 
 int vhost_queue_set_enabled(struct vhost_queue *q, bool enabled, uint64_t token)
 {
-    if (!q->thread)
-        return -EINVAL;
-    return post(q, (struct queue_message){.op = QUEUE_ENABLE, .enabled = enabled, .token = token});
+    return post(q, (struct queue_message){
+                       .op = QUEUE_ENABLE, .fd = -1, .enabled = enabled, .token = token});
 }
 
 int vhost_queue_set_memory(struct vhost_queue *q, struct vhost_memory *memory, uint64_t token)
 {
-    if (!q->thread)
-        return -EINVAL;
     memory_ref(memory);
-    return post(q, (struct queue_message){.op = QUEUE_MEMORY, .memory = memory, .token = token});
+    return post(
+        q, (struct queue_message){.op = QUEUE_MEMORY, .fd = -1, .memory = memory, .token = token});
 }
 
 /* ---- messages: the iothread's end ---- */
 
-/* Answers and frees the message.  After a stop the queue is the control thread's again. */
+/* Answers and frees the message.  Once a stop is answered the queue is the control thread's. */
 static void answer(struct queue_message *m, int result, uint64_t value)
 {
     struct vhost_queue *q = m->queue;
-    struct vhost_events *events = iothread_events(q->thread);
+    struct vhost_events *events = iothread_events(m->thread);
     struct vhost_event event = {
         .kind = VHOST_EVENT_DONE, .token = m->token, .result = result, .value = value};
 
-    if ((m->op == QUEUE_STOP && result == 0) || (m->op == QUEUE_START && result < 0))
-        q->thread = NULL;
+    if (!q->thread)
+        atomic_store(&q->home, NULL);
     free(m);
+    atomic_fetch_sub(&q->unanswered, 1);
     events_post(events, &event);
 }
 
 static void start(struct queue_message *m)
 {
     struct vhost_queue *q = m->queue;
-    int err = iothread_add_queue(q->thread, q);
+    int err = iothread_add_queue(m->thread, q);
 
-    if (err == 0 && q->ops->attach) {
-        err = q->ops->attach(q);
-        if (err < 0)
-            iothread_remove_queue(q->thread, q);
-    }
     if (err == 0) {
-        q->running = true;
+        q->thread = m->thread;
         iothread_schedule(q);
     }
     answer(m, err, 0);
@@ -262,7 +268,7 @@ static void begin_drain(struct queue_message *m)
     struct vhost_queue *q = m->queue;
 
     if (q->draining) {
-        vhost_memory_unref(m->memory);
+        release(m);
         answer(m, -EBUSY, 0);
         return;
     }
@@ -285,7 +291,7 @@ void queue_settle(struct vhost_queue *q)
         if (q->ops->detach)
             q->ops->detach(q);
         iothread_remove_queue(q->thread, q);
-        q->running = false;
+        q->thread = NULL;
         answer(m, 0, q->ring.next_avail);
         return;
     }
@@ -303,6 +309,12 @@ void queue_handle(struct queue_message *m)
     struct vhost_queue *q = m->queue;
     int err = 0;
 
+    if (!q->thread && m->op != QUEUE_START) {
+        /* It was posted behind a stop. */
+        release(m);
+        answer(m, -EINVAL, 0);
+        return;
+    }
     switch (m->op) {
     case QUEUE_START:
         start(m);

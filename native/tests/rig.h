@@ -30,6 +30,7 @@ struct probe_queue {
     uint16_t head[HELD_MAX];
     uint64_t len[HELD_MAX];
     uint32_t held;
+    bool watching;
 };
 
 struct probe {
@@ -79,6 +80,9 @@ static inline bool probe_service(struct vhost_queue *q)
     struct chain c;
     bool any = false;
 
+    if (!pq->watching)
+        CHECK_EQ(iothread_watch(q->thread, &pq->watch, EPOLLIN | EPOLLET), 0);
+    pq->watching = true;
     q->no_kicks = !q->enabled || !queue_may_pop(q);
     if (q->no_kicks)
         return false;
@@ -126,14 +130,12 @@ static inline void probe_close(struct vhost_queue *q)
     free(pq);
 }
 
-static inline int probe_attach(struct vhost_queue *q)
-{
-    return iothread_watch(q->thread, q->state, EPOLLIN | EPOLLET);
-}
-
 static inline void probe_detach(struct vhost_queue *q)
 {
-    iothread_watch(q->thread, q->state, 0);
+    struct probe_queue *pq = q->state;
+
+    iothread_watch(q->thread, &pq->watch, 0);
+    pq->watching = false;
 }
 
 static inline void probe_free(struct vhost_device *device)
@@ -152,7 +154,6 @@ static inline struct probe *probe_new(uint32_t num_queues)
     static const struct device_ops ops = {
         .queue_open = probe_open,
         .queue_close = probe_close,
-        .attach = probe_attach,
         .detach = probe_detach,
         .service = probe_service,
         .free = probe_free,
