@@ -44,21 +44,19 @@ async def ensure_bridge(links: Links, journal: Journal, name: str, mtu: int | No
 
 
 async def add_address(links: Links, journal: Journal, link: Link, address: Interface) -> None:
-    """Gives the interface the address, unless it has it. Raises UserError."""
+    """Gives the interface the address, unless it has it. Raises UserError.
+
+    On a bridge made here it stays as long as the bridge, which others may use by then.
+    """
     try:
         if str(address) in await links.addresses(link.index):
             return
         await links.add_address(link.index, address)
     except OSError as error:
         raise UserError(f"address {address} for {link.name}: {reason(error)}") from error
-    journal.add(
-        {
-            "undo": "delete address",
-            "name": link.name,
-            "index": link.index,
-            "address": str(address),
-        }
-    )
+    record = {"name": link.name, "index": link.index}
+    if record | {"undo": "delete bridge"} not in journal.records:
+        journal.add(record | {"undo": "delete address", "address": str(address)})
 
 
 async def plug(links: Links, journal: Journal, tap: Link, bridge: Link, *, ours: bool) -> None:
