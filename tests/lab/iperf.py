@@ -41,9 +41,11 @@ async def iperf(
             f"iperf3 --client {address} --time {seconds} --json{' --reverse' if reverse else ''}",
             check=False,
         )
-    if result.code:
-        raise ValueError(f"iperf3 (exit code {result.code}): {result.output}")
-    end = json.loads(result.output)["end"]
+    report = json.loads(result.output)
+    # With --json it exits with 0 even when it has failed.
+    if result.code or "error" in report:
+        raise ValueError(f"iperf3 (exit code {result.code}): {report.get('error', report)}")
+    end = report["end"]
     return IperfResult(
         bits_per_second=end["sum_received"]["bits_per_second"],
         received_bytes=end["sum_received"]["bytes"],
