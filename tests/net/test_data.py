@@ -21,7 +21,7 @@ from tests.frontend.net import (
     NetClient,
 )
 from tests.frontend.ring import Desc, Used
-from tests.frontend.session import F_EVENT_IDX
+from tests.frontend.session import F_EVENT_IDX, Session
 
 from .namespace import TEST_TYPE, Namespace, PacketPort
 from .served import LOOPS, Served
@@ -548,6 +548,18 @@ def test_the_file_behind_the_buffers_is_truncated(card: Served, wire: PacketPort
         nic.rx().wait_broken()
     assert card.count(0, "breaks") == card.count(1, "breaks") == 1
     test_one_driver_after_another(card, wire)
+
+
+def test_a_tap_deleted_under_its_server(ns: Namespace, card: Served, nic: NetClient) -> None:
+    """The cable is gone for good, but rings and drivers go on."""
+    nic.post(4)
+    ns.ip("link del tap0")
+    nic.send(frame())
+    assert card.count(1, "drops_refused") == 1
+    assert nic.get_vring_base(0) == 0
+    nic.close()
+    with Session(card.path) as probe:
+        assert probe.get_features()
 
 
 def test_queue_pairs(ns: Namespace, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ The frames themselves go between tap and guest in the native half; this is what 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -109,9 +110,11 @@ class NetDevice(Device):
 
     def reset(self) -> None:
         """As a new driver finds it: one queue pair, no offloads."""
-        for pair in range(1, len(self.tap.fds)):
-            self.tap.attach_queue(pair, False)
-        self.tap.set_offloads(0)
+        # A tap that was deleted under us has nothing left to reset.
+        with contextlib.suppress(OSError):
+            for pair in range(1, len(self.tap.fds)):
+                self.tap.attach_queue(pair, False)
+            self.tap.set_offloads(0)
 
     def queue_enabled(self, index: int, enabled: bool) -> None:
         """The kernel sends nothing to a pair whose receive queue is disabled.
