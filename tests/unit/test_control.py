@@ -109,10 +109,36 @@ async def test_clients_that_vanish_and_clients_that_say_nothing(tmp_path: Path) 
 
 
 async def test_only_the_owner_may_reach_it(tmp_path: Path) -> None:
-    path = tmp_path / "run" / "c.sock"
-    async with serving(path):
-        assert stat.S_IMODE(path.stat().st_mode) == 0o600
-        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    async with serving(tmp_path / "c.sock") as server:
+        assert stat.S_IMODE(os.stat(server.path).st_mode) == 0o600
+
+
+def test_the_default_directory_is_the_owners(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "run" / "vdev"
+    monkeypatch.setattr(control, "control_dir", lambda: directory)
+    assert control.default_path() == directory / f"{os.getpid()}.sock"
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    leave_socket(directory / "4194305.sock")
+    control.default_path()
+    assert list(directory.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving a directory to another user needs root")
+def test_a_default_directory_of_another_user_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "control_dir", lambda: tmp_path)
+    os.chown(tmp_path, 65534, -1)
+    with pytest.raises(UserError, match="belongs to user 65534"):
+        control.default_path()
+
+
+async def test_sockets_beside_one_of_ones_own_choice_are_left_alone(tmp_path: Path) -> None:
+    leave_socket(tmp_path / "disk.sock")
+    async with serving(tmp_path / "c.sock"):
+        assert (tmp_path / "disk.sock").is_socket()
 
 
 async def test_others_are_not_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +168,14 @@ async def test_a_path_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
         assert await asyncio.to_thread(request, path, "echo")
 
 
-@pytest.mark.parametrize("name", ["x" * 120, "file/c.sock"])
+async def test_a_file_is_not_taken_for_a_socket(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("precious")
+    with pytest.raises(UserError, match="notes: Address already in use"):
+        await ControlServer(tmp_path / "notes", {}).start()
+    assert (tmp_path / "notes").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["x" * 120, "file/c.sock", "none/c.sock"])
 async def test_a_path_that_cannot_be(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="control socket"):

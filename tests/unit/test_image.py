@@ -208,3 +208,49 @@ def test_a_null_image_has_any_size(opened: Callable[..., Image]) -> None:
     image = opened("null:1M")
     assert image.resize(512) == 512
     assert image.resize(None) == 512
+
+
+@pytest.fixture
+def loop_device(path: str) -> Iterator[str]:
+    """A block device with blocks of 4096 bytes on the file ``path``."""
+    command = ["losetup", "--find", "--show", "--sector-size=4096", path]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if made.returncode:
+        pytest.skip(f"no loop device here: {made.stderr.strip()}")
+    device = made.stdout.strip()
+    yield device
+    subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@pytest.mark.parametrize("cache", ["writeback", "none"])
+def test_a_block_device(loop_device: str, cache: str, opened: Callable[..., Image]) -> None:
+    image = opened(loop_device, cache=cache)
+    assert (image.kind, image.size, image.block_size) == ("device", SIZE, 4096)
+    assert image.direct is (cache == "none")
+
+
+def test_a_block_device_has_one_writer(loop_device: str, opened: Callable[..., Image]) -> None:
+    opened(loop_device)
+    for read_only in (False, True):
+        with pytest.raises(UserError, match="in use by this process"):
+            open_image(loop_device, read_only=read_only)
+
+
+def test_a_block_device_is_resized_by_its_maker(
+    loop_device: str, path: str, opened: Callable[..., Image]
+) -> None:
+    image = opened(loop_device)
+    with pytest.raises(UserError, match="resize the device itself"):
+        image.resize(2 * SIZE)
+    os.truncate(path, 2 * SIZE)
+    subprocess.run(["losetup", "--set-capacity", loop_device], check=True)
+    assert image.resize(None) == 2 * SIZE
+
+
+def test_a_read_only_block_device(loop_device: str, opened: Callable[..., Image]) -> None:
+    subprocess.run(["blockdev", "--setro", loop_device], check=True)
+    before = fds()
+    with pytest.raises(UserError, match="--read-only"):
+        open_image(loop_device)
+    assert fds() == before
+    assert opened(loop_device, read_only=True).size == SIZE

@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import socket
+import stat
 import struct
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -38,8 +39,21 @@ def control_dir() -> Path:
 
 
 def default_path() -> Path:
-    """The control socket of this process."""
-    return control_dir() / f"{os.getpid()}.sock"
+    """Where this process has its control socket; its directory is made, and tidied.
+
+    Raises UserError where there can be none.
+    """
+    directory = control_dir()
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = directory.lstat().st_uid
+    except OSError as error:
+        raise UserError(f"control sockets in {directory}: {error.strerror}") from None
+    if owner != os.geteuid():
+        # In a directory that is anyone's (/tmp), the name may have been taken to lie to us.
+        raise UserError(f"control sockets in {directory}: it belongs to user {owner}")
+    remove_stale(directory)
+    return directory / f"{os.getpid()}.sock"
 
 
 class ControlServer:
@@ -58,9 +72,8 @@ class ControlServer:
     async def start(self) -> None:
         """Bind and listen.  Raises UserError where the socket cannot be made."""
         try:
-            _make_private_dir(self.path.parent)
-            remove_stale(self.path.parent)
-            self.path.unlink(missing_ok=True) if _is_dead(self.path) else None
+            if _is_dead(self.path):
+                self.path.unlink(missing_ok=True)
             sock = _bind_private(self.path)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
@@ -162,7 +175,13 @@ def remove_stale(directory: Path) -> None:
 
 
 def _is_dead(path: Path) -> bool:
-    """Whether nobody listens on the socket ``path``."""
+    """Whether ``path`` is a socket on which nobody listens."""
+    try:
+        # Connecting to a file that is no socket is refused just as well.
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            return False
+    except OSError:
+        return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
         sock.setblocking(False)
         try:
@@ -177,14 +196,6 @@ def _is_dead(path: Path) -> bool:
 def _is_alive(pid: str) -> bool:
     # A server that has bound its socket and does not listen yet refuses connections too.
     return pid.isdigit() and int(pid) != os.getpid() and os.path.exists(f"/proc/{pid}")
-
-
-def _make_private_dir(directory: Path) -> None:
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    owner = directory.stat().st_uid
-    if owner not in (os.geteuid(), 0):
-        # In a directory that is anyone's (/tmp), the name may have been taken to lie to us.
-        raise UserError(f"control socket directory {directory} belongs to user {owner}")
 
 
 def _bind_private(path: Path) -> socket.socket:

@@ -69,18 +69,19 @@ class Service:
         if self._control is False:
             yield
             return
-        named = Path(self._control) if isinstance(self._control, str) else None
-        server = ControlServer(
-            named or default_path(),
-            {"status": self.status, "stop": self.stop, "resize": self.resize},
-        )
-        try:
+        handlers = {"status": self.status, "stop": self.stop, "resize": self.resize}
+        if isinstance(self._control, str):
+            server = ControlServer(Path(self._control), handlers)
             await server.start()
-        except UserError as error:
-            # Nobody asked for the default one: a server serves without.
-            if named is not None:
-                raise
-            _log.warning("no `vdev status` for this server: %s", error)
+        else:
+            try:
+                server = ControlServer(default_path(), handlers)
+                await server.start()
+            except UserError as error:
+                # Nobody asked for this one: a server serves without.
+                _log.warning("no `vdev status` for this server: %s", error)
+                yield
+                return
         try:
             yield
         finally:
