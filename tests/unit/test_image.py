@@ -211,10 +211,15 @@ def test_a_null_image_has_any_size(opened: Callable[..., Image]) -> None:
 
 
 @pytest.fixture
-def loop_device(path: str) -> Iterator[str]:
-    """A block device with blocks of 4096 bytes on the file ``path``."""
-    command = ["losetup", "--find", "--show", "--sector-size=4096", path]
-    made = subprocess.run(command, capture_output=True, text=True, check=False)
+def loop_device(path: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A block device on the file ``path``; its parameter is losetup's options."""
+    options = getattr(request, "param", ())
+    made = subprocess.run(
+        ["losetup", "--find", "--show", *options, path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if made.returncode:
         pytest.skip(f"no loop device here: {made.stderr.strip()}")
     device = made.stdout.strip()
@@ -222,6 +227,7 @@ def loop_device(path: str) -> Iterator[str]:
     subprocess.run(["losetup", "--detach", device], check=True)
 
 
+@pytest.mark.parametrize("loop_device", [["--sector-size=4096"]], indirect=True)
 @pytest.mark.parametrize("cache", ["writeback", "none"])
 def test_a_block_device(loop_device: str, cache: str, opened: Callable[..., Image]) -> None:
     image = opened(loop_device, cache=cache)
@@ -247,8 +253,8 @@ def test_a_block_device_is_resized_by_its_maker(
     assert image.resize(None) == 2 * SIZE
 
 
+@pytest.mark.parametrize("loop_device", [["--read-only"]], indirect=True)
 def test_a_read_only_block_device(loop_device: str, opened: Callable[..., Image]) -> None:
-    subprocess.run(["blockdev", "--setro", loop_device], check=True)
     before = fds()
     with pytest.raises(UserError, match="--read-only"):
         open_image(loop_device)
