@@ -123,8 +123,10 @@ def segment(sector: int, count: int, flags: int = 0) -> bytes:
 
 @dataclass(frozen=True)
 class Pending:
-    """A submitted request and where its buffers lie."""
+    """A submitted request and where its buffers lie; `serial` tells it from later ones that get
+    the same head."""
 
+    serial: int
     queue: int
     head: int
     readable: tuple[int, int]
@@ -171,7 +173,9 @@ class BlkClient(Session):
         super().__init__(connection)
         self.memory = memory or GuestMemory.default()
         self.rings: list[SplitRing] = []
-        self._done: dict[tuple[int, int], Used] = {}
+        self._serial = 0
+        self._open: dict[tuple[int, int], int] = {}
+        self._done: dict[int, Used] = {}
         try:
             self.negotiate(features, protocol=protocol)
             self.share(self.memory, slots=slots)
@@ -235,18 +239,20 @@ class BlkClient(Session):
         chain += cut(target, writable, into, write=True)
         head = ring.add(chain, indirect=indirect)
         ring.offer(head)
+        self._serial += 1
+        self._open[queue, head] = self._serial
         if kick:
             ring.kick()
-        return Pending(queue, head, (source, len(readable)), (target, writable))
+        return Pending(self._serial, queue, head, (source, len(readable)), (target, writable))
 
     def used_of(self, pending: Pending, *, timeout: float = TIMEOUT) -> Used:
         """Wait until the device has returned this head; others' completions are kept."""
-        key = (pending.queue, pending.head)
-        while key not in self._done:
+        while pending.serial not in self._done:
             used = self.rings[pending.queue].wait(timeout=timeout)
-            assert (pending.queue, used.id) not in self._done, f"head {used.id} returned twice"
-            self._done[pending.queue, used.id] = used
-        return self._done.pop(key)
+            serial = self._open.pop((pending.queue, used.id), None)
+            assert serial is not None, f"head {used.id} returned, but it was not in flight"
+            self._done[serial] = used
+        return self._done.pop(pending.serial)
 
     def finish(self, pending: Pending, *, timeout: float = TIMEOUT) -> Completion:
         used = self.used_of(pending, timeout=timeout)
