@@ -241,7 +241,6 @@ int iothread_watch(struct vhost_iothread *t, struct watch *w, uint32_t events)
 static bool serve_polling(struct vhost_iothread *t)
 {
     bool progress = false;
-    uint32_t faults = atomic_load_explicit(&memory_faults, memory_order_relaxed);
 
     for (uint32_t i = 0; i < t->num_polling; i++) {
         struct vhost_queue *q = t->polling[i];
@@ -249,6 +248,8 @@ static bool serve_polling(struct vhost_iothread *t)
             progress = true;
             q->active_ns = 0; /* stamped below, with one clock read for all */
         }
+        /* Looked at after the pass: a queue that faulted in it may sleep before another one. */
+        uint32_t faults = atomic_load_explicit(&memory_faults, memory_order_relaxed);
         if (unlikely(q->faults_seen != faults)) {
             q->faults_seen = faults;
             if (memory_is_broken(q->memory))
