@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import pytest
 import pytest_asyncio
 
 from tests.lab import host
 from tests.lab.lab import Lab
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Once is enough here: vdev runs in a process and on a loop of its own, this one only waits."""
+    return {"lab": asyncio.new_event_loop}
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
