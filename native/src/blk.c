@@ -20,7 +20,7 @@
 enum {
     SECTOR = 1 << VIRTIO_BLK_SECTOR_SHIFT,
     PASS_MAX = 128, /* requests a pass: fairness between the queues of an iothread */
-    SHOW_EVERY = 4, /* completions after which a polling driver sees the used index move */
+    SHOW_EVERY = 4, /* requests done at once until a polling driver sees the used index move */
     TMPFS_SUPER_MAGIC = 0x01021994,
 };
 
@@ -255,12 +255,30 @@ static int parse(struct vhost_queue *q, const struct chain *c, struct blk_reques
 
 /* ---- the queue ---- */
 
+/* What was done at once, a few requests for one clock read. */
+struct finished {
+    uint32_t count;
+    struct blk_request *request[SHOW_EVERY];
+    int32_t result[SHOW_EVERY];
+};
+
+static void finish(struct vhost_queue *q, struct finished *f)
+{
+    uint64_t now = now_ns();
+
+    for (uint32_t i = 0; i < f->count; i++)
+        blk_request_finish(f->request[i], f->result[i], now);
+    f->count = 0;
+    ring_show(q);
+}
+
 static bool service(struct vhost_queue *q)
 {
     struct blk *blk = blk_of(q);
+    struct finished finished = {0};
     struct chain chain;
     struct blk_request *r;
-    uint32_t n = 0, shown = 0;
+    uint32_t n = 0;
 
     q->no_kicks = !q->enabled || !queue_may_pop(q);
     if (q->no_kicks)
@@ -279,14 +297,13 @@ static bool service(struct vhost_queue *q)
         r->start_ns = now;
         if (result == 1 && blk_io_start(blk, r, &result) == BLK_SUBMITTED)
             continue;
-        if (++shown % SHOW_EVERY == 0) {
-            now = now_ns();
-            blk_request_finish(r, result, now);
-            ring_show(q);
-        } else {
-            blk_request_finish(r, result, now);
-        }
+        finished.request[finished.count] = r;
+        finished.result[finished.count] = result;
+        if (++finished.count == SHOW_EVERY)
+            finish(q, &finished);
     }
+    if (finished.count)
+        finish(q, &finished);
     count(q, VHOST_COUNTER_BATCHES, 1);
     count(q, VHOST_COUNTER_REQUESTS, n);
     return n > 0;
