@@ -25,7 +25,7 @@ def answers(path: str) -> bool:
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("connected", [False, True])
 def test_a_signal_ends_it_cleanly(
     start: Start, folder: Path, loop: str, number: signal.Signals, connected: bool
@@ -43,6 +43,13 @@ def test_a_signal_ends_it_cleanly(
     assert server.output == ""
     assert os.listdir(folder) == []
     assert not control.exists()
+
+
+def test_nohup_is_respected(start: Start) -> None:
+    server = start(*BLK, program=("nohup", *VDEV))
+    server.process.send_signal(signal.SIGHUP)
+    assert answers("s")
+    assert server.stop() == 0
 
 
 def test_what_a_killed_server_left_is_replaced(start: Start, disk: str) -> None:

@@ -25,7 +25,7 @@ _log = logging.getLogger("vdev.service")
 
 
 class Service:
-    """Runs device servers until SIGTERM, SIGINT or the command "stop".
+    """Runs device servers until SIGTERM, SIGINT, SIGHUP or the command "stop".
 
     ``control`` is the path of the control socket, True for the default place, False for none.
     """
@@ -42,6 +42,8 @@ class Service:
         # Before anything exists that a signal would leave behind.
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup(1) wants it
+            loop.add_signal_handler(signal.SIGHUP, self._stop.set)
         async with devices as servers, self._controlled():
             self._servers = {server.device.name: server for server in servers}
             notify("READY=1")
