@@ -13,13 +13,14 @@ class Holder:
     """One server for all cases, so that the catalogue is a soak test as well; a case that breaks
     it gets blamed, and the next one a fresh server."""
 
-    def __init__(self, factory: pytest.TempPathFactory) -> None:
+    def __init__(self, factory: pytest.TempPathFactory, loop: str) -> None:
         self._factory = factory
+        self._loop = loop
         self._target: Target | None = None
 
     def get(self) -> Target:
         if self._target is None:
-            self._target = Target(self._factory.mktemp("hostile"))
+            self._target = Target(self._factory.mktemp("hostile"), self._loop)
         return self._target
 
     def drop(self) -> None:
@@ -28,9 +29,12 @@ class Holder:
         self._target = None
 
 
-@pytest.fixture(scope="session")
-def holder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Holder]:
-    kept = Holder(tmp_path_factory)
+@pytest.fixture(scope="session", params=["uvloop", "asyncio"])
+def holder(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Holder]:
+    """The whole catalogue on both event loops."""
+    kept = Holder(tmp_path_factory, request.param)
     yield kept
     kept.drop()
 

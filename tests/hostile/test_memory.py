@@ -216,6 +216,8 @@ SHAPES = {
     "cp14-offset-plus-size-wraps": shaped(FAR, 0x2000, USER, WRAP),
     "cp14-size-2-64-minus-1": shaped(FAR, (1 << 64) - 1, USER, 0),
     "cp14-size-2-63": shaped(FAR, 1 << 63, USER, 0),
+    # Honest, and more than any process can map.
+    "cp14-sparse-2-56": shaped(FAR, 1 << 56, USER, 0, file_size=1 << 56),
     "cp15-offset-beyond-the-file": shaped(FAR, SIZE, USER, 2 * SIZE),
     "cp15-offset-at-the-end": shaped(FAR, SIZE, USER, SIZE),
     "cp15-offset-plus-size-over-the-end": shaped(FAR, SIZE, USER, 4096),
