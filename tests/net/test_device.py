@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.frontend.net import F_MQ, F_MTU, FEATURES, NetClient
-from tests.frontend.session import PROTOCOL_WANTED, Refused
+from tests.frontend.session import PROTOCOL_WANTED, Refused, Session
 from tests.frontend.wire import Protocol, Request, u64
 from vdev.errors import UserError
 from vdev.net.device import parse_mac, stable_mac
@@ -43,6 +43,19 @@ def test_features_that_need_an_option(ns: Namespace, tmp_path: Path) -> None:
         with NetClient(card.path, pairs=2) as nic:
             assert nic.config().mtu == 0
             assert nic.config().max_pairs == 2
+
+
+@pytest.mark.parametrize("queues", [1, 2])
+def test_memory_slots_where_front_ends_can_use_them(
+    ns: Namespace, tmp_path: Path, queues: int
+) -> None:
+    """QEMU up to 7.2 adds each region once a queue pair."""
+    with (
+        Served(ns, tmp_path / "s", tap="tap0", queues=queues) as card,
+        Session(card.path) as front_end,
+    ):
+        offered = front_end.get_protocol_features()
+        assert bool(offered & Protocol.CONFIGURE_MEM_SLOTS) == (queues == 1)
 
 
 def test_the_config_space(nic: NetClient) -> None:

@@ -63,6 +63,7 @@ class NetDevice(Device):
         self.mtu = mtu
         self.link_up = True
         self.num_queues = 2 * len(tap.fds)
+        self.queue_groups = len(tap.fds)
         self.features: int = RING_FEATURES | sum(1 << bit for bit in _FEATURES)
         if mtu is not None:
             self.features |= 1 << lib.VIRTIO_NET_F_MTU
@@ -80,11 +81,6 @@ class NetDevice(Device):
         if result < 0:
             raise OSError(-result, os.strerror(-result), f"net device on tap {self.tap.name}")
         return out[0]
-
-    @property
-    def queue_num(self) -> int:
-        """Queues as net front-ends count them: pairs, as max_virtqueue_pairs does."""
-        return len(self.tap.fds)
 
     def config(self) -> bytes:
         """The config space (struct virtio_net_config)."""

@@ -22,6 +22,7 @@ class Device(ABC):
     num_queues: virtqueues handed to this device.
     features: the virtio feature bits that it offers, those of its rings included.
     native: `struct vhost_device *`, whose queue indexes are 0 … num_queues - 1.
+    queue_groups: groups that front-ends treat as devices of their own: a net device's pairs.
     supports_mtu, supports_rarp: `set_mtu` and `announce` do something.
     config_changed: called without arguments when the configuration space changed by itself.
     """
@@ -31,6 +32,7 @@ class Device(ABC):
     num_queues: int
     features: int
     native: Any
+    queue_groups: int = 1
     supports_mtu: bool = False
     supports_rarp: bool = False
 

@@ -34,6 +34,7 @@ from vdev.virtio.vhost_user.table import PROTOCOL_FEATURES
 _EVENTFD = "anon_inode:[eventfd]"
 _F_MTU = 1 << lib.VHOST_USER_PROTOCOL_F_MTU
 _F_RARP = 1 << lib.VHOST_USER_PROTOCOL_F_RARP
+_F_MEM_SLOTS = 1 << lib.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
 
 
 @dataclass(slots=True)
@@ -59,9 +60,7 @@ class Backend:
         self.vrings = [Vring() for _ in range(device.num_queues)]
         self.session = Session(
             features=device.features,
-            protocol_features=PROTOCOL_FEATURES
-            | (_F_MTU if device.supports_mtu else 0)
-            | (_F_RARP if device.supports_rarp else 0),
+            protocol_features=_protocol_features(device),
             num_queues=device.num_queues,
             config_size=len(device.config()),
         )
@@ -303,6 +302,19 @@ class Backend:
     def _config_changed(self) -> None:
         if self._channel is not None:
             self._channel.config_changed()
+
+
+def _protocol_features(device: Device) -> int:
+    features: int = PROTOCOL_FEATURES
+    if device.supports_mtu:
+        features |= _F_MTU
+    if device.supports_rarp:
+        features |= _F_RARP
+    # QEMU up to 7.2 drives each queue pair as if it were a device.  It sends SET_MEM_TABLE for the
+    # first only, but ADD_MEM_REG and REM_MEM_REG for all, on the one connection.
+    if device.queue_groups > 1:
+        features &= ~_F_MEM_SLOTS
+    return features
 
 
 def _map(region: MemoryRegion, fd: int) -> Region:
