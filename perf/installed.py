@@ -1,7 +1,9 @@
 """vdev as a user has it, also where it runs from a checkout.
 
-A development install (meson-python, editable) runs the build system each time it starts. What
-starts must be what is installed, so such a build is installed into a directory of its own.
+A development install (meson-python, editable) puts a loader into the interpreter, which runs
+the build system at each start. What is measured must be what is installed, so such a build is
+installed into a directory of its own, and started by the interpreter that does not know the
+loader: the one that the virtual environment was made from.
 """
 
 from __future__ import annotations
@@ -9,6 +11,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -26,12 +31,16 @@ def _editable_build() -> str | None:
     return None
 
 
-@cache
-def environment() -> dict[str, str]:
-    """The environment in which vdev starts as an installed one. Raises OSError if it cannot."""
-    build = _editable_build()
-    if build is None:
-        return dict(os.environ)
+@dataclass(frozen=True)
+class Installed:
+    """How to start vdev: the first words of the command, and the environment."""
+
+    command: Sequence[str]
+    environment: dict[str, str]
+
+
+def _install(build: str) -> str:
+    """Installs the build; returns the directory that holds the package."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "mesonbuild.mesonmain", "install", "-C", build, "--quiet"),
@@ -45,6 +54,15 @@ def environment() -> dict[str, str]:
     found = sorted(WHERE.glob("**/vdev/__init__.py"))
     if done.returncode or not found:
         raise OSError(f"cannot install {build} into {WHERE}:\n{done.stdout}")
-    packages = str(found[0].parents[1])
-    path = os.pathsep.join(filter(None, (packages, os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "MESONPY_EDITABLE_SKIP": build, "PYTHONPATH": path}
+    return str(found[0].parents[1])
+
+
+@cache
+def find() -> Installed:
+    """vdev as it is installed. Raises OSError if it cannot be."""
+    build = _editable_build()
+    if build is None:
+        return Installed([str(Path(sys.executable).with_name("vdev"))], dict(os.environ))
+    base = Path(sys.base_prefix, "bin", f"python3.{sys.version_info.minor}")
+    packages = os.pathsep.join((_install(build), sysconfig.get_path("platlib")))
+    return Installed([str(base), "-P", "-m", "vdev"], {**os.environ, "PYTHONPATH": packages})

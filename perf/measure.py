@@ -1,8 +1,9 @@
 """Windows of load on several servers in turn, and what they amount to.
 
 A round runs one window on each server, in an order that turns with the rounds, so that drift of
-the machine falls on all alike. A round counts only if the two cores kept their distance through
-all its windows, and only rounds of the more frequent distance are compared.
+the machine falls on all alike. Only rounds are compared in which the two cores kept one distance
+through all windows, the same in each, and the driver, which never sleeps, had its core to itself;
+of these there must be enough, or the machine is said to be busy.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from perf.servers import Image, Kind, Server
 DRIVER_CPU = 0
 SERVER_CPU = 1
 WARM_UP_SECONDS = 0.15
+CALM_SHARE = 0.9  # of its core that a spinning driver has when nobody else wants it
 RETRIES = 3  # rounds at most, in multiples of those asked for
 
 
@@ -51,6 +53,11 @@ class Window:
         return self.server_cpu_seconds * 1e6 / self.outcome.requests
 
     @property
+    def driver_share(self) -> float:
+        """The part of the window in which the driver was on its core."""
+        return self.outcome.driver_cpu_seconds / self.outcome.seconds
+
+    @property
     def placement(self) -> str:
         same = self.before.placement == self.after.placement
         return self.before.placement if same else "mixed"
@@ -64,15 +71,24 @@ class Measured:
     rounds: list[dict[str, Window]] = field(default_factory=list)
 
     @property
+    def calm(self) -> bool:
+        """Whether the rounds that count were left alone by the rest of the machine."""
+        return any(_is_calm(r) for r in self.rounds)
+
+    @property
     def placement(self) -> str:
         """The distance of the cores in the rounds that count."""
-        counts = Counter(_placement(r) for r in self.rounds)
+        counts = Counter(_placement(r) for r in self.rounds if _is_calm(r) or not self.calm)
         del counts["mixed"]
         return max(counts, key=lambda name: counts[name]) if counts else "mixed"
 
     @property
     def counting(self) -> list[dict[str, Window]]:
-        return [r for r in self.rounds if _placement(r) == self.placement]
+        return [
+            r
+            for r in self.rounds
+            if _placement(r) == self.placement and (_is_calm(r) or not self.calm)
+        ]
 
     def median(self, server: str, value: Callable[[Window], float]) -> float:
         return median(value(r[server]) for r in self.counting)
@@ -110,6 +126,10 @@ def iops(window: Window) -> float:
 
 def cpu_us(window: Window) -> float:
     return window.cpu_us
+
+
+def _is_calm(windows: dict[str, Window]) -> bool:
+    return min(w.driver_share for w in windows.values()) >= CALM_SHARE
 
 
 def _placement(windows: dict[str, Window]) -> str:
@@ -169,7 +189,7 @@ def measure(
                 progress(f"{row.name}: round {number + 1}, {server.kind.name}")
                 done[server.kind.name] = window(server, frontend, row.load, number)
             measured.rounds.append(done)
-            if measured.placement != "mixed" and len(measured.counting) >= pairs:
+            if measured.calm and len(measured.counting) >= pairs:
                 break
         for server, _ in servers:
             server.go_on()

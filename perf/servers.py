@@ -6,10 +6,8 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -61,7 +59,10 @@ class Kind:
         """The command line that serves `image` at the socket `path`."""
         if self.program == "vdev":
             source = str(image.file) if image.file else f"null:{image.size}"
-            return [*vdev_command(), "blk", "serve", "--socket-path", path, "--blk-file", source]
+            return [
+                *installed.find().command,
+                *("blk", "serve", "--socket-path", path, "--blk-file", source),
+            ]
         if image.file:
             node = f"driver=raw,node-name=d0,file.driver=file,file.filename={image.file}"
             node += f",file.aio={self.aio}"
@@ -75,12 +76,6 @@ class Kind:
 
 
 VDEV = Kind("vdev", "vdev")
-
-
-def vdev_command() -> Sequence[str]:
-    """The console script beside this interpreter, else the package itself."""
-    script = Path(sys.executable).with_name("vdev")
-    return [str(script)] if script.exists() else [sys.executable, "-m", "vdev"]
 
 
 class Server:
@@ -99,7 +94,7 @@ class Server:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
-            env=installed.environment(),
+            env=installed.find().environment,
         )
         try:
             self.start_seconds = time_to_features(self.path, started + START_TIMEOUT) - started
