@@ -18,8 +18,11 @@ from tests.frontend.blk import (
     F_SIZE_MAX,
     F_TOPOLOGY,
     F_WRITE_ZEROES,
+    S_IOERR,
     S_UNSET,
     T_GET_ID,
+    T_IN,
+    T_OUT,
     BlkClient,
 )
 from tests.frontend.session import (
@@ -140,3 +143,17 @@ def test_null_disk(tmp_path: Path) -> None:
         client.flush()
         client.discard(0, 8)
         client.write_zeroes(0, 8)
+
+
+@pytest.mark.parametrize("sector", [(1 << 30) // 512, 1 << 55, (1 << 64) - 1])
+def test_null_disk_has_an_end(tmp_path: Path, sector: int) -> None:
+    """No kernel stands behind it that would refuse what our own checks let through."""
+    with Disk(tmp_path, "null:1G") as disk, disk.client() as client:
+        assert client.request(T_IN, sector, room=1024).status == S_IOERR
+        assert client.request(T_OUT, sector, bytes(1024)).status == S_IOERR
+
+
+def test_null_disk_read_only(tmp_path: Path) -> None:
+    with Disk(tmp_path, "null:1G", "--read-only") as disk, disk.client() as client:
+        assert client.request(T_OUT, 0, bytes(512)).status == S_IOERR
+        assert client.read(0, 512) == bytes(512)

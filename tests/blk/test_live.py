@@ -20,6 +20,7 @@ from tests.frontend.blk import (
     header,
 )
 from tests.frontend.memory import GuestMemory, Region
+from tests.frontend.ring import wait_fd
 from tests.frontend.session import F_EVENT_IDX, F_INDIRECT, F_PROTOCOL_FEATURES, Session
 from tests.frontend.wire import Request, Wire
 
@@ -77,6 +78,18 @@ def test_call_fd_replaced_while_running(shared: Disk) -> None:
             client.set_vring_call(0, client.ring.call_fd)
             os.close(old)
             assert client.finish(pending).status == S_OK
+
+
+def test_new_call_fd_is_signalled_for_what_the_old_one_missed(shared: Disk) -> None:
+    """A front-end that only sleeps on the new fd, and does not look at the ring, wakes up."""
+    with shared.client() as client:
+        pending = client.submit(header(T_IN), SECTOR + 1)
+        wait_fd(client.ring.call_fd, "no call")
+        os.close(client.ring.call_fd)
+        client.ring.call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        client.set_vring_call(0, client.ring.call_fd)
+        wait_fd(client.ring.call_fd, "the completion before the exchange was not signalled")
+        assert client.finish(pending).status == S_OK
 
 
 def test_err_fd_replaced_while_running(shared: Disk) -> None:
