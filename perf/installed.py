@@ -2,8 +2,7 @@
 
 A development install (meson-python, editable) puts a loader into the interpreter, which runs
 the build system at each start. What is measured must be what is installed, so such a build is
-installed into a directory of its own, and started by the interpreter that does not know the
-loader: the one that the virtual environment was made from.
+installed beside a virtual environment of its own, which does not know the loader.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import venv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -63,6 +63,11 @@ def find() -> Installed:
     build = _editable_build()
     if build is None:
         return Installed([str(Path(sys.executable).with_name("vdev"))], dict(os.environ))
-    base = Path(sys.base_prefix, "bin", f"python3.{sys.version_info.minor}")
+    environment = WHERE / "venv"
+    if not (environment / "bin" / "python").exists():
+        venv.create(environment, symlinks=True)
     packages = os.pathsep.join((_install(build), sysconfig.get_path("platlib")))
-    return Installed([str(base), "-P", "-m", "vdev"], {**os.environ, "PYTHONPATH": packages})
+    return Installed(
+        [str(environment / "bin" / "python"), "-P", "-m", "vdev"],
+        {**os.environ, "PYTHONPATH": packages},
+    )
