@@ -13,11 +13,12 @@ import asyncio
 import itertools
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from vdev._native import ffi, lib
 
 EVENT_BATCH = 64
+T = TypeVar("T")
 
 _FAULTS: dict[int, str] = {
     value: name.removeprefix("VHOST_FAULT_").lower().replace("_", " ")
@@ -152,6 +153,24 @@ class IOThread:
             future.exception()  # nobody need be waiting any more
         else:
             future.set_result(value)
+
+
+async def settle(task: asyncio.Future[T]) -> T:
+    """Waits for `task` to its end, whatever happens to the waiter, whose cancellation comes after.
+
+    For what must not be left half done: the owner frees what the task still uses.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            if task.cancelled():
+                raise
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    return task.result()
 
 
 def _check(result: int, what: str) -> None:

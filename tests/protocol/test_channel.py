@@ -19,6 +19,7 @@ from tests.protocol.fake import Peer, until
 from tests.protocol.messages import BODIES
 from vdev._native import lib
 from vdev.errors import PeerError
+from vdev.virtio.vhost_user import channel as channel_module
 from vdev.virtio.vhost_user.channel import MAX_FDS, Channel, close_fds
 from vdev.virtio.vhost_user.codec import encode
 from vdev.virtio.vhost_user.table import ROWS
@@ -141,6 +142,28 @@ async def test_bad_header_with_descriptors(ends: Ends, null: int) -> None:
     peer.send_raw(struct.pack("=III", 1, 0, 0), [null] * 8)
     with pytest.raises(PeerError, match="version 0"):
         await channel.receive()
+
+
+@pytest.mark.parametrize("ending", [1, 12, 19])
+async def test_half_open_peer(
+    ends: Ends, ending: int, null: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_module, "STALL", 0.01)
+    channel, peer = ends
+    peer.send_raw(KICK[:ending], [null])
+    with pytest.raises(PeerError, match="inside a message"):
+        await channel.receive()
+
+
+async def test_silence_between_messages_is_no_stall(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_module, "STALL", 0.001)
+    channel, peer = ends
+    task = asyncio.ensure_future(channel.receive())
+    await asyncio.sleep(0.02)
+    peer.send_raw(KICK)
+    assert await task is not None
 
 
 async def test_send_waits_for_a_slow_reader(ends: Ends) -> None:

@@ -22,7 +22,7 @@ from vdev.virtio.spec import RING_FEATURES
 from vdev.virtio.vhost_user.backend import Backend
 from vdev.virtio.vhost_user.codec import encode
 from vdev.virtio.vhost_user.connection import serve_connection
-from vdev.virtio.vhost_user.payloads import ConfigAccess, VringState
+from vdev.virtio.vhost_user.payloads import VRING_STATE, ConfigAccess, VringState
 from vdev.virtio.vhost_user.session import F_PROTOCOL, MEM_SLOTS
 
 FEATURES = RING_FEATURES | F_PROTOCOL
@@ -338,6 +338,22 @@ async def test_wrong_kind_of_channel(served: Served, kind: str) -> None:
         os.close(fd)
 
 
+async def test_flood_leaves_the_loop_to_others(served: Served) -> None:
+    """A front-end that always has a message waiting: others get their turn in between."""
+    await served.negotiate()
+    count = 2000
+    data = encode(lib.VHOST_USER_SET_VRING_NUM, VRING_STATE.encode(VringState(0, 64)))
+    served.peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    served.peer.send_raw(data * count)
+    turns = 0
+    await served.peer.send("GET_QUEUE_NUM")
+    reply = asyncio.ensure_future(served.peer.reply())
+    while not reply.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns >= count
+
+
 @pytest.mark.parametrize("steps", range(4))
 async def test_server_ends_in_the_middle(iothread: IOThread, fd_count: FdCount, steps: int) -> None:
     """Cancelled anywhere, everything is given back."""
@@ -356,6 +372,8 @@ async def test_server_ends_in_the_middle(iothread: IOThread, fd_count: FdCount, 
     for _ in range(steps):
         await asyncio.sleep(0)
     task.cancel()
+    await asyncio.sleep(0)
+    task.cancel()  # impatient
     await asyncio.wait([task])
     served.peer.close()
     assert iothread.queues == 0

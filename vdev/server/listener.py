@@ -5,9 +5,10 @@ when it has left; `connected_fd` is one that is there already.
 
 Who owns a device.  A device serves one front-end at a time, and a connection claims it with its
 first byte: a connection that says nothing (a port scan, a half-open client) waits beside and locks
-nobody out.  One that speaks while the device is busy waits, its messages unread, until the device
-is free: so a guest that restarts need not time its connection.  At most `MAX_WAITING` wait; beyond
-that the oldest silent one is closed, or else the newest.
+nobody out; one that stops inside a message is soon closed (`Channel`).  One that speaks while the
+device is busy waits, its messages unread, until the device is free: so a guest that restarts need
+not time its connection.  At most `MAX_WAITING` wait; beyond that the oldest silent one is closed,
+or else the newest.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import os
 import socket
 import stat
@@ -204,10 +206,24 @@ class _PathListener(_Listener):
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
-                self._remove_stale()
-                sock.bind(self._path)
+                self._replace_stale(sock)
         except OSError as error:
             raise UserError(_bind_failure(self._path, error)) from None
+
+    def _replace_stale(self, sock: socket.socket) -> None:
+        """One process at a time: else one would remove the socket that another has just made."""
+        folder = os.open(os.path.dirname(self._path) or ".", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._remove_stale()
+            sock.bind(self._path)
+        except BlockingIOError:
+            raise UserError(
+                f"socket path {self._path}: another process is just replacing a socket in this "
+                "folder; try again"
+            ) from None
+        finally:
+            os.close(folder)
 
     def _remove_stale(self) -> None:
         if not stat.S_ISSOCK(os.lstat(self._path).st_mode):

@@ -1,3 +1,7 @@
 """The virtio core: spec constants, what a device is, what a served queue is; and transports."""
 
 from __future__ import annotations
+
+from vdev.virtio.device import Device
+
+__all__ = ["Device"]

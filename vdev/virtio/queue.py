@@ -16,7 +16,7 @@ from typing import Any
 
 from vdev._native import ffi, lib
 from vdev.errors import PeerError
-from vdev.iothread import IOThread, new_token
+from vdev.iothread import IOThread, new_token, settle
 from vdev.memory import GuestMemory
 from vdev.virtio.device import Device
 
@@ -113,7 +113,7 @@ class ServedQueue:
             raise
         except asyncio.CancelledError:
             # The start is under way: only a stop behind it gives the ring back.
-            await queue.stop()
+            await settle(asyncio.ensure_future(queue.stop()))
             raise
         return queue
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from vdev._native import lib
 from vdev.errors import PeerError
-from vdev.iothread import IOThread
+from vdev.iothread import IOThread, settle
 from vdev.memory import GuestMemory, Region
 from vdev.ratelog import RateLimitedLog
 from vdev.virtio.device import Device
@@ -79,7 +79,13 @@ class Backend:
         return request, reply
 
     async def close(self) -> None:
-        """Stops and drains all queues, releases memory and descriptors, resets the device."""
+        """Stops and drains all queues, releases memory and descriptors, resets the device.
+
+        Cancelled or not, all is done when this ends: the device may be freed next.
+        """
+        await settle(asyncio.ensure_future(self._close()))
+
+    async def _close(self) -> None:
         self.device.config_changed.remove(self._config_changed)
         if self._channel is not None:
             self._channel.close()
@@ -274,7 +280,10 @@ class Backend:
 
     async def _stop_rings(self) -> None:
         """All at once: each drains its own requests."""
-        await asyncio.gather(*(self._stop_ring(index) for index in range(len(self.vrings))))
+        stops = (self._stop_ring(index) for index in range(len(self.vrings)))
+        for outcome in await asyncio.gather(*stops, return_exceptions=True):
+            if outcome is not None:
+                raise outcome
 
     # The device
 

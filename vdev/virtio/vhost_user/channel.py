@@ -17,6 +17,7 @@ from vdev.errors import PeerError
 from vdev.virtio.vhost_user.codec import Decoder, Message
 
 MAX_FDS = 32  # in one message; none takes more than 8
+STALL = 10.0  # seconds without a byte inside a message: half-open, and holding the device
 _FD_SIZE = array.array("i").itemsize
 _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * _FD_SIZE)
 
@@ -42,7 +43,7 @@ class Channel:
     async def receive(self) -> Message | None:
         """The next message, whose descriptors are then the caller's; None at the end.
 
-        Raises PeerError where the framing is wrong or the end comes inside a message, OSError
+        Raises PeerError where the framing is wrong or a message does not come to its end, OSError
         where the connection fails.  No descriptor is left open in either case.
         """
         decoder = self._decoder
@@ -54,7 +55,10 @@ class Channel:
                 continue
             try:
                 if flags & socket.MSG_CTRUNC:
-                    raise PeerError(f"more than {MAX_FDS} file descriptors with one message")
+                    raise PeerError(
+                        f"file descriptors were lost: more than {MAX_FDS} with one message, or "
+                        "more than this process may open"
+                    )
                 if not data:
                     decoder.end()
                     close_fds(fds)
@@ -89,11 +93,14 @@ class Channel:
     async def _wait_readable(self) -> None:
         fd = self._sock.fileno()
         ready: asyncio.Future[None] = self._loop.create_future()
+        timer = self._loop.call_later(STALL, _stalled, ready) if self._decoder.inside else None
         self._loop.add_reader(fd, _wake, ready)
         try:
             await ready
         finally:
             self._loop.remove_reader(fd)
+            if timer is not None:
+                timer.cancel()
 
     async def _wait_writable(self) -> None:
         fd = self._sock.fileno()
@@ -108,3 +115,8 @@ class Channel:
 def _wake(ready: asyncio.Future[None]) -> None:
     if not ready.done():
         ready.set_result(None)
+
+
+def _stalled(ready: asyncio.Future[None]) -> None:
+    if not ready.done():
+        ready.set_exception(PeerError(f"no byte for {STALL:g} s inside a message"))

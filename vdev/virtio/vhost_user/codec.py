@@ -97,6 +97,11 @@ class Decoder:
         size = HEADER_SIZE if header is None else HEADER_SIZE + header.size
         return max(size - len(self._data), 0)
 
+    @property
+    def inside(self) -> bool:
+        """Whether a message has begun and is not whole."""
+        return bool(self._data)
+
     def feed(self, data: bytes, fds: Sequence[int] = ()) -> None:
         """Takes bytes, and the descriptors that came with the first of them.
 

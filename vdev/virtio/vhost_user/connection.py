@@ -34,6 +34,8 @@ async def serve_connection(sock: socket.socket, backend: Backend, log: RateLimit
                 close_fds(message.fds)
             if reply:
                 await channel.send(reply)
+            # A front-end that sends without pause must not keep the loop from the others.
+            await asyncio.sleep(0)
     except PeerError as error:
         log.warning("%s: connection closed: %s", backend.device.name, error)
     except OSError as error:
