@@ -4,15 +4,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.lab import host
+
 from .namespace import Namespace
 
 
 @pytest.fixture
 def ns() -> Iterator[Namespace]:
     """A network namespace of the test's own."""
-    try:
-        namespace = Namespace()
-    except PermissionError:
-        pytest.skip("this host lacks CAP_NET_ADMIN and CAP_SYS_ADMIN for network namespaces")
-    with namespace:
+    if lacks := host.lacks_network():
+        pytest.skip(lacks)
+    with Namespace() as namespace:
         yield namespace

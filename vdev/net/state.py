@@ -38,7 +38,10 @@ def default_dir() -> Path:
 
 
 class Journal:
-    """The records of one wiring, oldest first; the file exists while there are any."""
+    """The records of one wiring, oldest first; the file exists while there are any.
+
+    Changed within `exclusively` only.
+    """
 
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = directory or default_dir()
@@ -50,9 +53,8 @@ class Journal:
         """Records what to undo. Raises UserError where the directory cannot be had."""
         if self._fd < 0:
             _make_directory(self._directory)
-            with _locked(self._directory):
-                self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.records.append(record)
         self._write()
 
@@ -66,8 +68,7 @@ class Journal:
         if self._fd < 0:
             return
         if not self.records:
-            with _locked(self._directory):
-                self._path.unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
         os.close(self._fd)
         self._fd = -1
 
@@ -81,20 +82,14 @@ class Journal:
     @classmethod
     def leftovers(cls, directory: Path | None = None) -> Iterator[Journal]:
         """The journals of dead processes, each ours until the loop goes on."""
-        directory = directory or default_dir()
-        if not directory.is_dir():
-            return
-        with _locked(directory):
-            for path in sorted(directory.glob("net-*.json")):
-                journal = cls._take(path)
-                if journal is None:
-                    continue
-                try:
-                    yield journal
-                finally:
-                    if not journal.records:
-                        path.unlink(missing_ok=True)
-                    os.close(journal._fd)
+        for path in sorted((directory or default_dir()).glob("net-*.json")):
+            journal = cls._take(path)
+            if journal is None:
+                continue
+            try:
+                yield journal
+            finally:
+                journal.close()
 
     @classmethod
     def _take(cls, path: Path) -> Journal | None:
@@ -134,9 +129,19 @@ def _make_directory(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Between creating a journal and locking it, it would look like a dead process's."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def exclusively(directory: Path | None = None) -> Iterator[None]:
+    """One server at a time wires or undoes: a bridge that one removes is not found by another, and
+    a journal that is not locked yet is not taken for a dead process's.
+
+    Where the directory cannot be had nothing is locked: then nothing can be recorded either.
+    """
+    directory = directory or default_dir()
+    try:
+        _make_directory(directory)
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (UserError, OSError):
+        yield
+        return
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield

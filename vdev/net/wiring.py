@@ -18,7 +18,7 @@ from vdev.errors import UserError
 from vdev.net import bridge as bridges
 from vdev.net import tap as taps
 from vdev.net.links import Interface, Link, Links, on_links
-from vdev.net.state import Journal, Record
+from vdev.net.state import Journal, Record, exclusively
 from vdev.net.tap import QUEUES_MAX, Tap, TapState, check_name
 
 _log = logging.getLogger("vdev.net")
@@ -78,7 +78,11 @@ class Wiring:
         await on_links(self._down)
 
     async def _up(self, links: Links) -> None:
-        await _sweep(links, self._state_dir)
+        with exclusively(self._state_dir):
+            await _sweep(links, self._state_dir)
+            await self._wire(links)
+
+    async def _wire(self, links: Links) -> None:
         bridge = None
         if self._bridge_name is not None:
             bridge = await bridges.ensure_bridge(links, self._journal, self._bridge_name, self._mtu)
@@ -129,10 +133,11 @@ class Wiring:
         return link
 
     async def _down(self, links: Links) -> None:
-        await _undo_all(links, self._journal)
-        self._journal.close()
-        # A bridge that outlived its maker, since we used it, goes with us.
-        await _sweep(links, self._state_dir)
+        with exclusively(self._state_dir):
+            await _undo_all(links, self._journal)
+            self._journal.close()
+            # A bridge that outlived its maker, since we used it, goes with us.
+            await _sweep(links, self._state_dir)
 
 
 async def _sweep(links: Links, state_dir: Path | None) -> None:
