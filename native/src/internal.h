@@ -3,7 +3,7 @@
  *
  *   memory.c      regions, lookup, SIGBUS               ring_split.c  the split virtqueue
  *   events.c      iothread -> control thread            queue.c       life of a served queue
- *   iothread.c    the loop: messages, kicks, polling    device.c      counters, devices
+ *   iothread*.c   the loop: messages, kicks, polling    device.c      counters, devices
  *   blk*.c        the block device                      net.c         the net device
  *
  * Ownership.  A queue belongs to the control thread until vhost_queue_start posts it, then to
