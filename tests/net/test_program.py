@@ -16,8 +16,8 @@ from tests.frontend.net import NetClient
 from tests.frontend.server import Server
 from vdev.net.state import default_dir
 
+from .frames import frame
 from .namespace import Namespace
-from .test_data import frame
 from .test_wiring import settled
 
 VDEV = (sys.executable, "-m", "vdev", "net", "serve")
