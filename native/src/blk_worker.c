@@ -16,7 +16,7 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
-enum { WORKERS_MAX = 8, ZERO_CHUNK = 1 << 20, BOUNCE_ALIGN = 4096 };
+enum { WORKERS_MAX = 8, ZERO_CHUNK = 1 << 20, BOUNCE_MAX = 1 << 20, BOUNCE_ALIGN = 4096 };
 
 struct blk_worker_pool {
     struct blk *blk;
@@ -58,10 +58,11 @@ static void copy(char *buffer, const struct iovec *iov, uint32_t n, size_t len, 
     }
 }
 
-/* O_DIRECT wants aligned buffers; firmware and some drivers do not give them. */
+/* O_DIRECT wants aligned buffers; firmware and some drivers do not give them.  A part at a time,
+ * as a short transfer: a request can be far larger than the guest memory that it names. */
 static int32_t bounce(const struct blk *blk, struct blk_request *r, bool write)
 {
-    size_t len = r->len - r->done;
+    size_t left = r->len - r->done, len = left < BOUNCE_MAX ? left : BOUNCE_MAX;
     struct iovec iov = {.iov_base = aligned_alloc(BOUNCE_ALIGN, (len + BOUNCE_ALIGN - 1) &
                                                                     ~(size_t)(BOUNCE_ALIGN - 1)),
                         .iov_len = len};

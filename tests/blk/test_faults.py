@@ -10,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.frontend.blk import S_IOERR, S_OK, SECTOR, T_IN, T_OUT, T_WRITE_ZEROES, segment
+from tests.frontend.blk import (
+    S_IOERR,
+    S_OK,
+    SECTOR,
+    T_IN,
+    T_OUT,
+    T_WRITE_ZEROES,
+    header,
+    segment,
+)
+from tests.frontend.ring import Desc
 
 from .serving import Disk, make_image
 
@@ -108,3 +118,39 @@ def test_b61_reset_during_io(disk_directory: Path, engine: str) -> None:
             client.start_ring(0, client.ring)
             client.driver_ok()
             assert len(client.read(0, 4096)) == 4096
+
+
+def peak_memory(pid: int) -> int:
+    """VmHWM in bytes."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("no VmHWM")
+
+
+@pytest.mark.parametrize("kind", [T_IN, T_OUT], ids=["read", "write"])
+def test_unaligned_giant_needs_no_giant_buffer(disk_directory: Path, kind: int) -> None:
+    """O_DIRECT makes the server copy unaligned data.  A guest can name the same few pages in all
+    segments of a request, so a copy as large as the request would be the guest's lever."""
+    segments, size = 120, 2 << 20
+    image = make_image(disk_directory / "disk.img", segments * size)
+    with (
+        Disk(disk_directory, image, "--cache", "none") as disk,
+        disk.client(size=128) as client,
+    ):
+        memory = client.memory
+        request, status = memory.alloc(16, 16), memory.alloc(1)
+        buffer = memory.alloc(size + 1, 4096, region=memory.regions[1]) + 1
+        memory.write(request, header(kind))
+        memory.write(buffer, b"\5" * size)
+        data = [Desc(buffer, size, write=kind == T_IN)] * segments
+        before = peak_memory(disk.server.pid)
+        head = client.ring.submit([Desc(request, 16), *data, Desc(status, 1, write=True)])
+        assert client.ring.wait().id == head
+        assert memory.read(status, 1) == bytes([S_OK])
+        if kind == T_IN:
+            assert memory.read(buffer, size) == bytes(size)
+        else:
+            assert client.read((segments - 1) * size // SECTOR, 4096) == b"\5" * 4096
+        # The guest's own memory counts once it is touched.
+        assert peak_memory(disk.server.pid) - before < (16 << 20) + size
