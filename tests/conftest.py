@@ -7,11 +7,18 @@ import os
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 
+import hypothesis
 import pytest
 import pytest_asyncio
 import uvloop
 
 pytest_plugins = ["tests.lab.skips"]
+
+# How long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile(
+    "vdev", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("vdev")
 
 
 def _debug_loop() -> asyncio.AbstractEventLoop:

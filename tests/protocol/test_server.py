@@ -173,8 +173,9 @@ async def test_connects_as_client_again_and_again(
     monkeypatch.setattr(listener, "RETRY_MOST", 0.01)
     path = tmp_path / "s"
     loop = asyncio.get_running_loop()
-    async with serving(Endpoint.connect(path), iothread):
-        await asyncio.sleep(0.03)
+    async with serving(Endpoint.connect(path), iothread) as server:
+        # It has tried in vain before anybody listens.
+        await until(lambda: server.endpoint._delay > 0)  # type: ignore[attr-defined]
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as front_end:
             front_end.setblocking(False)
             front_end.bind(os.fspath(path))

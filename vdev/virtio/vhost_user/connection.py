@@ -41,14 +41,12 @@ async def serve_connection(sock: socket.socket, backend: Backend, log: RateLimit
     except OSError as error:
         log.warning("%s: connection lost: %s", backend.device.name, error)
     finally:
-        channel.close()
-        # A server that is closed while a front-end leaves must not leave queues running.
-        closing = asyncio.ensure_future(backend.close())
+        # Drained before the front-end sees the end: it then takes the used rings for final, and
+        # gives what is not in them to the next back-end.
         try:
-            await asyncio.shield(closing)
-        except asyncio.CancelledError:
-            await asyncio.wait([closing])
-            raise
+            await backend.close()
+        finally:
+            channel.close()
 
 
 async def _answer(message: Message, backend: Backend, log: RateLimitedLog) -> bytes:
