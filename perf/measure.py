@@ -109,6 +109,8 @@ class Measured:
         windows = [w for r in self.rounds for w in r.values()]
         if any(w.outcome.errors or w.outcome.corrupt for w in windows):
             found.append(f"{self.row.name}: requests failed")
+        if not self.counting:
+            return [*found, f"{self.row.name}: the cores never kept their distance"]
         if not self.row.required:
             return found
         if self.ratio(iops) < 1.0:

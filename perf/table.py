@@ -36,6 +36,9 @@ def show(console: Console, rows: Sequence[Measured], startups: Sequence[Startup]
     for name in ("kIOPS", "MB/s", "p50 µs", "p99 µs", "CPU µs", "cores", "rounds"):
         table.add_column(name, justify="right")
     for m in rows:
+        if not m.counting:
+            table.add_row(_name(m), "[red]the cores never kept their distance[/red]")
+            continue
         for kind in ("vdev", *(k.name for k in m.row.peers)):
             rate = m.median(kind, iops)
             table.add_row(
@@ -97,12 +100,12 @@ def _row(measured: Measured) -> dict[str, Any]:
         "name": measured.row.name,
         "required": measured.row.required,
         "load": measured.row.load.__dict__,
-        "peer": measured.peer,
+        "peer": measured.peer if measured.counting else None,
         "placement": measured.placement,
         "rounds_that_count": len(measured.counting),
         "calm": measured.calm,
-        "iops_ratio": measured.ratio(iops),
-        "cpu_per_request_ratio": measured.ratio(cpu_us),
+        "iops_ratio": measured.ratio(iops) if measured.counting else None,
+        "cpu_per_request_ratio": measured.ratio(cpu_us) if measured.counting else None,
         "windows": [_window(w) for r in measured.rounds for w in r.values()],
     }
 
