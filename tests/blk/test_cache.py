@@ -152,7 +152,8 @@ def test_cache_none_keeps_nothing_in_the_page_cache(
 def test_write_zeroes_is_durable_in_write_through(
     disk_directory: Path, image: Path, engine: str, kind: str
 ) -> None:
-    """In write-through mode nothing may stay behind in the page cache, zeroes included."""
+    """In write-through mode no zeroes stay behind in the page cache.  (That the change of extents
+    is in the journal as well cannot be seen from outside.)"""
     image.write_bytes(DATA)
     os.truncate(image, SIZE)
     fd = os.open(image, os.O_RDWR)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from tests.frontend.blk import (
     header,
 )
 from tests.frontend.memory import GuestMemory, Region
-from tests.frontend.ring import wait_fd
+from tests.frontend.ring import Desc, wait_fd
 from tests.frontend.session import F_EVENT_IDX, F_INDIRECT, F_PROTOCOL_FEATURES, Session
 from tests.frontend.wire import Request, Wire
 
@@ -156,6 +157,81 @@ def test_memory_at_a_new_guest_address(shared: Disk) -> None:
         client.set_mem_table([low, high])
         assert client.read(0, SECTOR)
         high.guest_addr -= 1 << 30
+
+
+# ---- draining ----
+
+
+@pytest.fixture
+def slow(disk_directory: Path) -> Iterator[Disk]:
+    """A disk whose reads wait for the hardware: O_DIRECT, so that much is in flight for long."""
+    image = disk_directory / "disk.img"
+    image.write_bytes(os.urandom(16 << 20))
+    with Disk(disk_directory, image, "--cache", "none") as disk:
+        yield disk
+
+
+def submit_reads(client: BlkClient, region: Region, count: int = 60) -> None:
+    """Reads of 64 KiB into `region`, headers and statuses elsewhere, made available at once."""
+    memory = client.memory
+    heads = []
+    for n in range(count):
+        request = memory.alloc(32, 16, region=memory.regions[0])
+        memory.write(request, header(T_IN, 128 * n))
+        data = memory.alloc(65536, 4096, region=region)
+        heads.append(
+            client.ring.add(
+                [
+                    Desc(request, 16),
+                    Desc(data, 65536, write=True),
+                    Desc(request + 16, 1, write=True),
+                ]
+            )
+        )
+    client.ring.offer(*heads)
+    client.ring.kick()
+
+
+@pytest.mark.parametrize("how", ["stop", "remove", "table", "reset-device", "reset-status"])
+def test_nothing_is_written_after_the_answer(slow: Disk, how: str) -> None:
+    """Whatever ends the use of guest memory drains first: no read lands there afterwards."""
+    memory = GuestMemory(Region(0, 4 << 20))
+    with slow.client(memory=memory, slots=True, size=256) as client:
+        extra = memory.add(Region(FAR, 8 << 20))
+        client.add_mem_reg(extra)
+        submit_reads(client, extra)
+        if how == "stop":
+            assert client.get_vring_base(0) == client.ring.used_idx
+        elif how == "remove":
+            client.rem_mem_reg(extra)
+        elif how == "table":
+            client.set_mem_table(memory.regions[:1])
+        elif how == "reset-device":
+            client.do(Request.RESET_DEVICE)
+        else:
+            client.set_status(0)
+        extra.map[:] = b"\xaa" * extra.size
+        for _ in range(20):
+            client.barrier()
+        assert extra.map[:].count(b"\xaa") == extra.size
+
+
+@pytest.mark.parametrize("how", ["close", "sigterm"])
+def test_nothing_is_left_in_flight_at_the_end(slow: Disk, how: str) -> None:
+    """A client that leaves, and a server that is ended, in the middle of 60 reads."""
+    for _ in range(1 if how == "sigterm" else 10):
+        memory = GuestMemory(Region(0, 4 << 20))
+        with slow.client(memory=memory, size=256) as client:
+            extra = memory.add(Region(FAR, 8 << 20))
+            client.add_mem_reg(extra)
+            submit_reads(client, extra)
+            if how == "sigterm":
+                assert slow.server.stop() == 0
+                completed = client.ring.used_idx
+                filled = extra.map[:].count(b"\0") < extra.size
+                assert filled or completed == 0
+    if how == "close":
+        check_healthy(slow.socket)
 
 
 # ---- the end ----

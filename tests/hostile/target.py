@@ -17,7 +17,16 @@ from pathlib import Path
 import pytest
 
 from tests.frontend import wire
-from tests.frontend.blk import SECTOR, T_IN, BlkClient, check_healthy, header
+from tests.frontend.blk import (
+    SECTOR,
+    T_FLUSH,
+    T_IN,
+    T_OUT,
+    BlkClient,
+    Pending,
+    check_healthy,
+    header,
+)
 from tests.frontend.ring import SplitRing, is_signalled
 from tests.frontend.server import Server
 from tests.frontend.wire import NEED_REPLY, VERSION, Closed, Request
@@ -115,6 +124,19 @@ def start_spare(disk: BlkClient, ring: SplitRing | None = None) -> SplitRing:
     disk.rings.append(ring)
     disk.start_ring(SPARE, ring)
     return ring
+
+
+def submit_slow(disk: BlkClient, count: int = 12, queue: int = 0) -> list[Pending]:
+    """Writes, each with a flush behind it, all made available at once.  Flushes wait for the disk,
+    so they are in flight when the next message comes."""
+    pending = []
+    for n in range(count):
+        data = random.randbytes(65536)
+        request = header(T_OUT, 4096 + 128 * n) + data
+        pending.append(disk.submit(request, 1, queue=queue, kick=False))
+        pending.append(disk.submit(header(T_FLUSH), 1, queue=queue, kick=False))
+    disk.rings[queue].kick()
+    return pending
 
 
 def expect_broken(disk: BlkClient, queue: int = 0) -> None:

@@ -18,12 +18,8 @@ from tests.frontend.blk import (
     S_OK,
     SECTOR,
     T_IN,
-    T_OUT,
     WRITEBACK_OFFSET,
-    BlkClient,
-    Pending,
     check_healthy,
-    header,
 )
 from tests.frontend.session import (
     F_EVENT_IDX,
@@ -46,6 +42,7 @@ from .target import (
     check_serves,
     check_unchanged,
     expect_refusal,
+    submit_slow,
 )
 
 LETTERS = pytest.mark.parametrize("letter", ["ack", "close"])
@@ -184,16 +181,10 @@ def test_cp30_set_owner_twice(victim: Target, letter: str) -> None:
         expect_refusal(disk, Bad(Request.SET_OWNER), letter)
 
 
-def submit_many(disk: BlkClient, count: int = 24) -> list[Pending]:
-    pending = [disk.submit(header(T_IN, n * 128), 65537, kick=False) for n in range(count)]
-    disk.ring.kick()
-    return pending
-
-
 def test_cp30_reset_owner_in_mid_io(victim: Target) -> None:
     """RESET_OWNER disables the rings and no more; enabled again they go on where they were."""
     with victim.client() as disk:
-        pending = submit_many(disk)
+        pending = submit_slow(disk)
         disk.do(Request.RESET_OWNER)
         used = disk.ring.used_idx
         disk.barrier()
@@ -209,7 +200,7 @@ def test_cp30_reset_owner_in_mid_io(victim: Target) -> None:
 def test_cp30_reset_device_in_mid_io(victim: Target) -> None:
     """After the answer nothing is written into guest memory, and all can be set up anew."""
     with victim.client() as disk:
-        submit_many(disk)
+        submit_slow(disk)
         disk.do(Request.RESET_DEVICE)
         low = disk.memory.regions[0]
         low.map[:] = b"\xaa" * low.size
@@ -235,7 +226,7 @@ def test_cp30_reset_device_before_anything(victim: Target) -> None:
 def test_cp30_reset_device_twenty_times(victim: Target) -> None:
     with victim.client() as disk:
         for _ in range(20):
-            for request in submit_many(disk, 8):
+            for request in submit_slow(disk, 4):
                 disk.release(request)
             disk.do(Request.RESET_DEVICE)
             disk.set_features(disk.features)
@@ -406,7 +397,7 @@ def test_cp41_two_hundred_whole_sessions(victim: Target) -> None:
     before = victim.server.rss()
     for _ in range(200):
         with victim.client() as disk:
-            submit_many(disk, 4)
+            submit_slow(disk, 2)
     victim.server.check_holdings(victim.socket, victim.baseline)
     grown = victim.server.rss() - before
     assert grown < 8 << 20, f"{grown} bytes of memory left over by 200 sessions"
@@ -437,11 +428,8 @@ def test_cp41_peer_killed_with_io_in_flight(victim: Target) -> None:
     """What was popped completes inside the server; nothing is left behind, 20 times over."""
     for _ in range(20):
         disk = victim.client(queues=QUEUES)
-        data = os.urandom(65536)
         for queue in range(QUEUES):
-            for n in range(12):
-                disk.submit(header(T_OUT, 4096 + 128 * n) + data, 1, queue=queue, kick=False)
-            disk.rings[queue].kick()
+            submit_slow(disk, queue=queue)
         disk.close()
 
 
