@@ -78,17 +78,16 @@ class Measured:
     @property
     def placement(self) -> str:
         """The distance of the cores in the rounds that count."""
-        counts = Counter(_placement(r) for r in self.rounds if _is_calm(r) or not self.calm)
+        counts = Counter(_placement(r) for r in self.rounds if _is_calm(r) >= self.calm)
         del counts["mixed"]
         return max(counts, key=lambda name: counts[name]) if counts else "mixed"
 
     @property
     def counting(self) -> list[dict[str, Window]]:
-        return [
-            r
-            for r in self.rounds
-            if _placement(r) == self.placement and (_is_calm(r) or not self.calm)
-        ]
+        placement, calm = self.placement, self.calm
+        if placement == "mixed":
+            return []
+        return [r for r in self.rounds if _placement(r) == placement and _is_calm(r) >= calm]
 
     def median(self, server: str, value: Callable[[Window], float]) -> float:
         return median(value(r[server]) for r in self.counting)
