@@ -365,14 +365,18 @@ def test_cp39_status(victim: Target, status: int, letter: str) -> None:
             assert disk.get_status() == 15
 
 
-def test_cp39_driver_ok_without_features(victim: Target) -> None:
-    """DRIVER_OK before any SET_FEATURES: refused, or without effect; no ring runs."""
+@LETTERS
+def test_cp39_driver_ok_without_features_ok(victim: Target, letter: str) -> None:
+    """FEATURES_OK comes before DRIVER_OK (virtio 1.3, section 3.1.1)."""
     with Session(victim.socket) as session:
-        session.do(Request.SET_OWNER)
-        session.set_protocol_features(session.get_protocol_features())
-        session.wire.ack_of(Request.SET_STATUS, u64(STATUS_DRIVER_OK))
-        session.set_status(0)
-        assert session.get_status() == 0
+        session.negotiate(FEATURES)
+        bad = u64(STATUS_ACKNOWLEDGE | STATUS_DRIVER | STATUS_DRIVER_OK)
+        if letter == "ack":
+            assert session.wire.ack_of(Request.SET_STATUS, bad) != 0
+            assert session.get_status() == 0
+        else:
+            session.wire.send(Request.SET_STATUS, bad)
+            session.wire.wait_closed()
 
 
 # ---- 41: connections ----

@@ -102,6 +102,22 @@ def test_cp26_base_with_io_in_flight(victim: Target) -> None:
         check_serves(disk)
 
 
+def test_cp26_fds_of_a_ring_started_and_stopped(victim: Target) -> None:
+    """The kick fd is given back with the answer, a hundred times on one connection."""
+    with victim.client() as disk:
+        check_serves(disk)
+        base = disk.get_vring_base(0)
+        stopped = victim.server.fds()
+        for _ in range(100):
+            disk.set_vring_kick(0, disk.ring)
+            check_serves(disk)
+            base = (base + 2) & 0xFFFF
+            assert disk.get_vring_base(0) == base
+        assert victim.server.fds() == stopped
+        disk.set_vring_kick(0, disk.ring)
+        assert victim.server.fds() != stopped
+
+
 def test_cp26_stopped_ring_takes_nothing(victim: Target) -> None:
     with victim.client() as disk:
         base = disk.get_vring_base(0)
