@@ -63,6 +63,8 @@ enum blk_outcome { BLK_EXECUTED, BLK_SUBMITTED };
 
 /* Starts a request; for BLK_EXECUTED *result is 0 or a negative errno. */
 enum blk_outcome blk_io_start(struct blk *blk, struct blk_request *r, int32_t *result);
+/* What a null image does: reads give zeroes, writes vanish. */
+void blk_io_null(struct blk_request *r);
 /* Whether the buffers will do for O_DIRECT. */
 bool blk_io_aligned(const struct blk *blk, const struct blk_request *r);
 /* Ends a request: status, used ring, counters.  `result` is 0 or a negative errno. */

@@ -17,6 +17,7 @@
 
 enum {
     INLINE_MAX = 256 * 1024, /* longer copies would hold up the other queues */
+    SUBMIT_MAX = 4 << 20,    /* and the kernel's from the page cache at submission would, too */
     PENALTY_MAX = 256,
 };
 
@@ -29,7 +30,7 @@ bool blk_io_aligned(const struct blk *blk, const struct blk_request *r)
     return (bits & (blk->dma_align - 1)) == 0;
 }
 
-static void null_io(struct blk_request *r)
+void blk_io_null(struct blk_request *r)
 {
     for (uint32_t i = 0; r->type == VIRTIO_BLK_T_IN && i < r->iov_count; i++)
         memset(r->iov[i].iov_base, 0, r->iov[i].iov_len);
@@ -93,6 +94,8 @@ static bool submit_uring(struct blk *blk, struct blk_request *r, struct io_uring
     } else {
         io_uring_prep_fsync(sqe, blk->fd, IORING_FSYNC_DATASYNC);
     }
+    if (unlikely(r->len - r->done > SUBMIT_MAX) && !blk->direct)
+        sqe->flags |= IOSQE_ASYNC;
     io_uring_sqe_set_data(sqe, &r->op);
     return true;
 }
@@ -102,8 +105,12 @@ enum blk_outcome blk_io_start(struct blk *blk, struct blk_request *r, int32_t *r
     bool data = r->type == VIRTIO_BLK_T_IN || r->type == VIRTIO_BLK_T_OUT;
 
     if (blk->flags & VHOST_BLK_NULL) {
+        if (unlikely(data && r->len > INLINE_MAX)) {
+            blk_worker_submit(blk->pool, r);
+            return BLK_SUBMITTED;
+        }
         if (data)
-            null_io(r);
+            blk_io_null(r);
         *result = 0;
         return BLK_EXECUTED;
     }

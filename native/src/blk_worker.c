@@ -162,6 +162,11 @@ static int32_t run(const struct blk *blk, struct blk_request *r)
     switch (r->type) {
     case VIRTIO_BLK_T_IN:
     case VIRTIO_BLK_T_OUT:
+        if (blk->flags & VHOST_BLK_NULL) {
+            blk_io_null(r);
+            r->done = r->len;
+            return 0;
+        }
         if (blk->direct && !blk_io_aligned(blk, r))
             return bounce(blk, r, write);
         return transfer(blk, write, r->iov, r->iov_count, r->offset + r->done);

@@ -138,8 +138,9 @@ def test_size_is_rounded_down(tmp_path: Path) -> None:
 def test_null_disk(tmp_path: Path) -> None:
     with Disk(tmp_path, "null:1G") as disk, disk.client() as client:
         assert client.config().capacity == (1 << 30) // 512
-        client.write(100, b"\xff" * 4096)
-        assert client.read(100, 4096) == bytes(4096)
+        for size in (4096, 1 << 20):  # at once, and by a worker
+            client.write(100, b"\xff" * size)
+            assert client.read(100, size) == bytes(size)
         client.flush()
         client.discard(0, 8)
         client.write_zeroes(0, 8)
