@@ -19,6 +19,7 @@ TIMEOUT = 10.0
 """Seconds after which a silent server counts as hung.  Nothing waits this long on success."""
 
 HEADER = struct.Struct("=III")
+TIMEVAL = struct.Struct("@ll")
 U64 = struct.Struct("=Q")
 VRING_STATE = struct.Struct("=II")
 VRING_ADDR = struct.Struct("=IIQQQQ")
@@ -182,9 +183,13 @@ class Wire:
     @classmethod
     def connect(cls, path: str | os.PathLike[str], *, timeout: float = TIMEOUT) -> Wire:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        sock.settimeout(timeout)
+        # Not settimeout: a full backlog would then be EAGAIN at once instead of a wait.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, TIMEVAL.pack(int(timeout), 0))
         try:
             sock.connect(os.fspath(path))
+        except BlockingIOError:
+            sock.close()
+            raise Hung("the server does not accept") from None
         except BaseException:
             sock.close()
             raise

@@ -418,14 +418,24 @@ def test_cp41_second_client_on_a_busy_device(victim: Target) -> None:
     check_healthy(victim.socket)
 
 
-def test_cp41_half_open_idle_clients(victim: Target) -> None:
-    """Fifty clients that connect and say nothing cannot take more than their turn."""
+@pytest.mark.parametrize("speak", [False, True], ids=["silent", "first-byte"])
+def test_cp41_half_open_clients(victim: Target, speak: bool) -> None:
+    """Two hundred that connect and then say nothing, or a byte: they lock nobody out, the busy
+    device goes on, and what the server holds for them is bounded."""
     with victim.client() as disk, ExitStack() as stack:
-        for _ in range(50):
+        for _ in range(200):
             idle = stack.enter_context(Wire.connect(victim.socket))
-            with suppress(Closed):
-                idle.send_raw(b"\1")
+            if speak:
+                with suppress(Closed):
+                    idle.send_raw(b"\1")
+            disk.barrier()
         check_unchanged(disk)
+        assert victim.server.fds()["socket:"] < 100
+    if not speak:
+        with ExitStack() as stack:
+            for _ in range(200):
+                stack.enter_context(Wire.connect(victim.socket))
+            check_healthy(victim.socket)
 
 
 def test_cp41_peer_killed_with_io_in_flight(victim: Target) -> None:
