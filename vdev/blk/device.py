@@ -180,10 +180,14 @@ class BlkDevice(Device):
         self._apply_writeback()
 
     def reset(self) -> None:
-        """Back to what a new driver finds."""
+        """The features are forgotten; a driver's choice of write-through is not."""
         self._accepted = 0
-        self._writeback = self._initial_writeback
         self._apply_writeback()
+
+    def release(self) -> None:
+        """Back to what a new front-end finds."""
+        self._writeback = self._initial_writeback
+        self.reset()
 
     def _apply_writeback(self) -> None:
         knows = _bits(lib.VIRTIO_BLK_F_FLUSH, lib.VIRTIO_BLK_F_CONFIG_WCE)

@@ -60,7 +60,15 @@ class Device(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Back to the state before a driver came; no queue runs."""
+        """The driver let go of the device; no queue runs.
+
+        QEMU resets a device also when its guest is paused, and does not say again afterwards what
+        the guest wrote to the configuration space: that stays until `release`.
+        """
+
+    def release(self) -> None:
+        """The front-end is gone: back to the state before it came; no queue runs."""
+        self.reset()
 
     def queue_enabled(self, index: int, enabled: bool) -> None:  # noqa: B027  (most need not know)
         """Queue `index` was enabled or disabled."""

@@ -97,7 +97,7 @@ class Backend:
                 vring.kick = vring.call = vring.err = -1
             self._memory = None
             self._regions.clear()
-            self.device.reset()
+            self.device.release()
 
     def status(self) -> dict[str, Any]:
         """What was agreed, and the rings."""
