@@ -2,14 +2,14 @@
 
 A round runs one window on each server, in an order that turns with the rounds, so that drift of
 the machine falls on all alike. Only rounds are compared in which the two cores kept one distance
-through all windows, the same in each, and the driver, which never sleeps, had its core to itself;
-of these there must be enough, or the machine is said to be busy.
+through all windows, the same in each, and in which nobody else used the cores. Where too few
+such rounds can be had the busy ones count too, and the row says so.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from statistics import median
@@ -21,7 +21,7 @@ from perf.servers import Image, Kind, Server
 DRIVER_CPU = 0
 SERVER_CPU = 1
 WARM_UP_SECONDS = 0.15
-CALM_SHARE = 0.9  # of its core that a spinning driver has when nobody else wants it
+CALM_SHARE = 0.1  # of a core that others may use in a calm window
 RETRIES = 3  # rounds at most, in multiples of those asked for
 
 
@@ -46,16 +46,12 @@ class Window:
     server_cpu_seconds: float
     before: noise.Distance
     after: noise.Distance
+    others_share: float  # of the core that others used most
 
     @property
     def cpu_us(self) -> float:
         """Server CPU time a request, in microseconds."""
         return self.server_cpu_seconds * 1e6 / self.outcome.requests
-
-    @property
-    def driver_share(self) -> float:
-        """The part of the window in which the driver was on its core."""
-        return self.outcome.driver_cpu_seconds / self.outcome.seconds
 
     @property
     def placement(self) -> str:
@@ -68,18 +64,19 @@ class Measured:
     """All windows of a row; medians are over the rounds that count."""
 
     row: Row
+    wanted: int  # rounds
     rounds: list[dict[str, Window]] = field(default_factory=list)
 
     @property
     def calm(self) -> bool:
-        """Whether the rounds that count were left alone by the rest of the machine."""
-        return any(_is_calm(r) for r in self.rounds)
+        """Whether enough rounds were left alone by the rest of the machine."""
+        counts = _placements(r for r in self.rounds if _is_calm(r))
+        return max(counts.values(), default=0) >= self.wanted
 
     @property
     def placement(self) -> str:
         """The distance of the cores in the rounds that count."""
-        counts = Counter(_placement(r) for r in self.rounds if _is_calm(r) >= self.calm)
-        del counts["mixed"]
+        counts = _placements(r for r in self.rounds if _is_calm(r) >= self.calm)
         return max(counts, key=lambda name: counts[name]) if counts else "mixed"
 
     @property
@@ -130,7 +127,13 @@ def cpu_us(window: Window) -> float:
 
 
 def _is_calm(windows: dict[str, Window]) -> bool:
-    return min(w.driver_share for w in windows.values()) >= CALM_SHARE
+    return max(w.others_share for w in windows.values()) <= CALM_SHARE
+
+
+def _placements(rounds: Iterable[dict[str, Window]]) -> Counter[str]:
+    counts = Counter(_placement(r) for r in rounds)
+    del counts["mixed"]
+    return counts
 
 
 def _placement(windows: dict[str, Window]) -> str:
@@ -145,9 +148,12 @@ def window(server: Server, frontend: Frontend, load: Load, number: int) -> Windo
     try:
         warm_up = Load(**{**load.__dict__, "seconds": WARM_UP_SECONDS})
         frontend.run(warm_up, cpu=DRIVER_CPU)
+        busy = [noise.busy_seconds(cpu) for cpu in (DRIVER_CPU, SERVER_CPU)]
         cpu = server.cpu_seconds()
         outcome = frontend.run(load, cpu=DRIVER_CPU)
         cpu = server.cpu_seconds() - cpu
+        driver_busy = noise.busy_seconds(DRIVER_CPU) - busy[0]
+        server_busy = noise.busy_seconds(SERVER_CPU) - busy[1]
     finally:
         server.stop()
     return Window(
@@ -157,6 +163,8 @@ def window(server: Server, frontend: Frontend, load: Load, number: int) -> Windo
         server_cpu_seconds=cpu,
         before=before,
         after=noise.measure(DRIVER_CPU, SERVER_CPU),
+        others_share=max(driver_busy - outcome.driver_cpu_seconds, server_busy - cpu)
+        / outcome.seconds,
     )
 
 
@@ -173,7 +181,7 @@ def measure(
 
     Raises TimeoutError or OSError when a server does not start or stops answering.
     """
-    measured = Measured(row)
+    measured = Measured(row, pairs)
     with ExitStack() as stack:
         servers = []
         for kind in (vdev, *row.peers):
@@ -190,7 +198,7 @@ def measure(
                 progress(f"{row.name}: round {number + 1}, {server.kind.name}")
                 done[server.kind.name] = window(server, frontend, row.load, number)
             measured.rounds.append(done)
-            if measured.calm and len(measured.counting) >= pairs:
+            if measured.calm:
                 break
         for server, _ in servers:
             server.go_on()

@@ -1,7 +1,8 @@
-"""How near the two cores are at a moment, since virtual cores move over the host's.
+"""What disturbs a measurement: how far apart the two cores are, and who else uses them.
 
-The same two cores are sometimes "near" (they share a cache) and sometimes "far", and far costs
-up to three times in round trips. A measurement is worth as much as the record of which it was.
+Virtual cores move over the host's. The same two are sometimes "near" (they share a cache) and
+sometimes "far", and far costs up to three times in round trips. A measurement is worth as much as
+the record of which it was.
 """
 
 from __future__ import annotations
@@ -36,3 +37,15 @@ def measure(cpu_a: int, cpu_b: int) -> Distance:
     if error:
         raise OSError(-error, os.strerror(-error))
     return Distance(result[0])
+
+
+def busy_seconds(cpu: int) -> float:
+    """How long `cpu` has been busy since the machine started, in ticks of 10 ms (proc(5))."""
+    with open("/proc/stat") as file:
+        for line in file:
+            name, *ticks = line.split()
+            if name == f"cpu{cpu}":
+                user, nice, system, _idle, _iowait, irq, softirq = map(int, ticks[:7])
+                busy = user + nice + system + irq + softirq
+                return float(busy) / os.sysconf("SC_CLK_TCK")
+    raise OSError(errno.EINVAL, f"there is no CPU {cpu}")

@@ -63,7 +63,9 @@ def show(console: Console, rows: Sequence[Measured], startups: Sequence[Startup]
         )
     console.print(table)
     if not all(m.calm for m in rows):
-        console.print("busy: others used the driver's core all the time; only the ratios mean much")
+        console.print(
+            "busy: others used the cores too; ratios mean something, absolute figures do not"
+        )
     console.print("* required: IOPS at least 1.00, CPU a request at most 1.00 of the peer's")
     table = Table(title="From exec to the answer of GET_FEATURES", title_justify="left")
     for name in ("server", "median ms", "worst ms", "limit ms"):
@@ -89,7 +91,7 @@ def _window(window: Window) -> dict[str, Any]:
         "p99_ns": outcome.percentile(0.99),
         "server_cpu_seconds": window.server_cpu_seconds,
         "server_cpu_us_per_request": window.cpu_us,
-        "driver_share_of_core": window.driver_share,
+        "others_share_of_core": window.others_share,
         "ping_ns": [window.before.round_trip_ns, window.after.round_trip_ns],
         "placement": window.placement,
     }

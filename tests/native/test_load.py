@@ -73,11 +73,11 @@ def window(
     cpu: float = 1.0,
     before: Distance = NEAR,
     after: Distance = NEAR,
-    share: float = 1.0,
+    others: float = 0.0,
     errors: int = 0,
 ) -> Window:
-    outcome = Outcome(requests, 0, errors, 0, 0, 0, 1.0, share, (requests,))
-    return Window(server, 0, outcome, cpu, before, after)
+    outcome = Outcome(requests, 0, errors, 0, 0, 0, 1.0, 1.0, (requests,))
+    return Window(server, 0, outcome, cpu, before, after, others)
 
 
 def one_round(vdev: Window, slow: Window, fast: Window) -> dict[str, Window]:
@@ -85,7 +85,7 @@ def one_round(vdev: Window, slow: Window, fast: Window) -> dict[str, Window]:
 
 
 def test_the_best_peer_counts() -> None:
-    measured = Measured(ROW)
+    measured = Measured(ROW, 3)
     for _ in range(3):
         measured.rounds.append(
             one_round(window("vdev", 300, cpu=0.3), window("slow", 100), window("fast", 200))
@@ -100,7 +100,7 @@ def test_only_rounds_of_one_distance_are_compared() -> None:
     near = one_round(window("vdev", 200), window("slow", 100), window("fast", 100))
     far = one_round(*(window(n, 50, before=FAR, after=FAR) for n in ("vdev", "slow", "fast")))
     moved = one_round(window("vdev", 1, after=FAR), window("slow", 900), window("fast", 900))
-    measured = Measured(ROW, [near, far, moved, near])
+    measured = Measured(ROW, 2, [near, far, moved, near])
     assert measured.placement == "near"
     assert measured.counting == [near, near]
     assert measured.ratio(iops) == 2.0
@@ -109,23 +109,23 @@ def test_only_rounds_of_one_distance_are_compared() -> None:
 def test_disturbed_rounds_count_only_where_there_are_no_others() -> None:
     calm = one_round(window("vdev", 200), window("slow", 100), window("fast", 100))
     busy = one_round(
-        window("vdev", 10, share=0.5), window("slow", 100), window("fast", 100, share=0.5)
+        window("vdev", 10, others=0.5), window("slow", 100), window("fast", 100, others=0.5)
     )
-    assert Measured(ROW, [busy, calm]).counting == [calm]
-    alone = Measured(ROW, [busy])
+    assert Measured(ROW, 1, [busy, calm]).counting == [calm]
+    alone = Measured(ROW, 1, [busy])
     assert not alone.calm
     assert alone.counting == [busy]
 
 
 def test_being_behind_is_a_failure() -> None:
     behind = one_round(window("vdev", 90, cpu=1.1), window("slow", 10), window("fast", 100))
-    assert len(Measured(ROW, [behind]).failures) == 2
+    assert len(Measured(ROW, 1, [behind]).failures) == 2
     broken = one_round(window("vdev", 500, errors=1), window("slow", 10), window("fast", 100))
-    assert Measured(ROW, [broken]).failures == ["row: requests failed"]
+    assert Measured(ROW, 1, [broken]).failures == ["row: requests failed"]
 
 
 def test_cores_that_never_kept_their_distance_are_a_failure() -> None:
     moved = one_round(window("vdev", 9, after=FAR), window("slow", 1), window("fast", 1))
-    measured = Measured(ROW, [moved])
+    measured = Measured(ROW, 1, [moved])
     assert measured.counting == []
     assert measured.failures == ["row: the cores never kept their distance"]
