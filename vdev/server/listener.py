@@ -18,6 +18,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import socket
 import stat
 from abc import ABC, abstractmethod
@@ -134,7 +135,9 @@ class _Listener(Endpoint):
             self._loop.remove_reader(self._sock.fileno())
             self._resume = self._loop.call_later(RETRY_FIRST, self._accept_again)
             return
-        if len(self._silent) + len(self._speaking) >= MAX_WAITING:
+        if self._waiting >= MAX_WAITING:
+            self._drop_departed()
+        if self._waiting >= MAX_WAITING:
             if not self._silent:
                 peer.close()
                 return
@@ -159,6 +162,20 @@ class _Listener(Endpoint):
             return
         self._speaking.append(peer)
         self._spoke.set()
+
+    @property
+    def _waiting(self) -> int:
+        return len(self._silent) + len(self._speaking)
+
+    def _drop_departed(self) -> None:
+        """Those that spoke and hung up before their turn take no one's place."""
+        poller = select.poll()
+        for peer in self._speaking:
+            poller.register(peer, 0)  # a hang-up is always reported
+        gone = {fd for fd, _ in poller.poll(0)}
+        for peer in [peer for peer in self._speaking if peer.fileno() in gone]:
+            self._speaking.remove(peer)
+            peer.close()
 
     def _drop_oldest(self) -> None:
         self._forget(next(iter(self._silent))).close()
