@@ -16,6 +16,7 @@ from tests.frontend.blk import (
     F_CONFIG_WCE,
     FEATURES,
     S_OK,
+    S_UNSET,
     SECTOR,
     T_IN,
     WRITEBACK_OFFSET,
@@ -182,17 +183,18 @@ def test_cp30_set_owner_twice(victim: Target, letter: str) -> None:
 
 
 def test_cp30_reset_owner_in_mid_io(victim: Target) -> None:
-    """RESET_OWNER disables the rings and no more; enabled again they go on where they were."""
+    """RESET_OWNER disables the rings and no more: what was popped completes, nothing else is
+    popped, and enabled again they go on where they were."""
     with victim.client() as disk:
         pending = submit_slow(disk)
         disk.do(Request.RESET_OWNER)
-        used = disk.ring.used_idx
-        disk.barrier()
-        disk.barrier()
-        assert disk.ring.used_idx == used, "a disabled ring goes on"
+        later = disk.submit(header(T_IN), SECTOR + 1)
+        for _ in range(20):
+            disk.barrier()
+        assert disk.memory.read(*later.writable) == bytes([S_UNSET]) * (SECTOR + 1)
         disk.enable(0)
         disk.ring.kick()
-        for request in pending:
+        for request in [*pending, later]:
             assert disk.finish(request).status == S_OK
         check_serves(disk)
 
