@@ -21,6 +21,7 @@ from tests.frontend.blk import (
     T_IN,
     WRITEBACK_OFFSET,
     check_healthy,
+    header,
 )
 from tests.frontend.session import (
     F_EVENT_IDX,
