@@ -50,9 +50,9 @@ class Served:
         await self.peer.send("SET_MEM_TABLE", (REGION,), [fd])
         os.close(fd)
 
-    async def start_ring(self) -> None:
+    async def start_ring(self, base: int = 0) -> None:
         await self.peer.send("SET_VRING_NUM", VringState(0, 64))
-        await self.peer.send("SET_VRING_BASE", VringState(0, 0))
+        await self.peer.send("SET_VRING_BASE", VringState(0, base))
         await self.peer.send("SET_VRING_ADDR", ADDR)
         for name in ("KICK", "CALL", "ERR"):
             fd = os.eventfd(0)
@@ -116,6 +116,17 @@ async def test_ring_life(served: Served, iothread: IOThread) -> None:
     await served.start_ring()
     assert await peer.ask("GET_STATUS") == 15
     assert iothread.queues == 1
+
+
+async def test_a_ring_keeps_its_base_when_the_status_is_cleared(served: Served) -> None:
+    """QEMU pauses a guest in this order, and starts the ring again at the base it was told."""
+    peer = served.peer
+    await served.negotiate()
+    await served.share()
+    await served.start_ring(base=7)
+    assert await peer.ack("SET_STATUS", 15) == 0
+    assert await peer.ack("SET_STATUS", 0) == 0
+    assert await peer.ask("GET_VRING_BASE", VringState(0, 0)) == VringState(0, 7)
 
 
 async def test_memory_changes_under_a_running_ring(served: Served) -> None:

@@ -365,7 +365,11 @@ class Session:
 
     def commit_set_status(self, body: int) -> None:
         if body == 0:
+            # QEMU clears the status when its guest is paused and asks for the bases afterwards.
+            bases = [ring.base for ring in self.rings]
             self.commit_reset_device(None)
+            for ring, base in zip(self.rings, bases, strict=True):
+                ring.base = base
         self.status = body
 
     def commit_reset_device(self, _body: None) -> None:
