@@ -5,6 +5,7 @@ The requests themselves are served by the native engine; this is what surrounds 
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from vdev._native import ffi, lib
@@ -195,6 +196,22 @@ class BlkDevice(Device):
             self.native,
             self.cache == "unsafe" or (self._writeback and bool(self._accepted & knows)),
         )
+
+    def describe(self) -> dict[str, Any]:
+        """The image, by its absolute path, and how it is used."""
+        image = self.image
+        return {
+            "kind": "blk",
+            "image": {
+                "path": image.path if image.is_null else os.path.abspath(image.path),
+                "kind": image.kind,
+                "size": image.size,
+                "read_only": image.read_only,
+                "cache": self.cache,
+                "direct": image.direct,
+                "writeback": self.writeback,
+            },
+        }
 
     def resize(self, size: int | None = None) -> int:
         """Grow the image to ``size`` bytes (None: take its present size) and tell the driver.

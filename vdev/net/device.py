@@ -104,6 +104,10 @@ class NetDevice(Device):
         # Segments need checksums (section 5.1.3.1); the kernel refuses the one without the other.
         self.tap.set_offloads(offloads if offloads & taps.OFFLOAD_CSUM else 0)
 
+    def describe(self) -> dict[str, Any]:
+        """The tap, and whether the link is up."""
+        return {"kind": "net", "tap": self.tap.name, "link_up": self.link_up}
+
     def reset(self) -> None:
         """As a new driver finds it: one queue pair, no offloads."""
         # A tap that was deleted under us has nothing left to reset.

@@ -99,32 +99,16 @@ class Service:
             "iothreads": [
                 {"tid": t.tid, "io_uring": t.has_io_uring, **t.stats()} for t in threads.values()
             ],
-            "devices": [self._device_status(server) for server in self._servers.values()],
+            "devices": [
+                {
+                    "name": server.device.name,
+                    **server.status(),
+                    **server.device.describe(),
+                    "stats": server.device.stats(),
+                }
+                for server in self._servers.values()
+            ],
         }
-
-    def _device_status(self, server: DeviceServer) -> dict[str, Any]:
-        device = server.device
-        status = {"name": device.name, **server.status()}
-        if isinstance(device, BlkDevice):
-            status["kind"] = "blk"
-            status["image"] = {
-                "path": device.image.path,
-                "kind": device.image.kind,
-                "size": device.image.size,
-                "read_only": device.image.read_only,
-                "cache": device.cache,
-                "direct": device.image.direct,
-                "writeback": device.writeback,
-            }
-        else:
-            from vdev.net.device import NetDevice  # loaded already, where there is such a device
-
-            assert isinstance(device, NetDevice)
-            status["kind"] = "net"
-            status["tap"] = device.tap.name
-            status["link_up"] = device.link_up
-        status["stats"] = device.stats()
-        return status
 
     async def stop(self, request: dict[str, Any]) -> None:
         """The command "stop": as SIGTERM does."""

@@ -86,6 +86,10 @@ class Device(ABC):
         for callback in tuple(self.config_changed):
             callback()
 
+    def describe(self) -> dict[str, Any]:
+        """What stands behind the device, for people and programs that watch it."""
+        return {}
+
     def stats(self) -> dict[str, Any]:
         """Counters per queue and in total, see `vdev.metrics.device_stats`."""
         return device_stats(self.native, self.num_queues)
