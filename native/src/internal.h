@@ -106,6 +106,10 @@ struct vhost_queue;
 
 /* Finds the three ring areas of `q` in its memory. -EINVAL: alignment; -EFAULT: not mapped. */
 int ring_map(struct vhost_queue *q);
+/* Goes on where the ring says that it was left.  Only the avail index is the front-end's to tell
+ * (vhost-user, SET_VRING_BASE); after a server died even that may count chains that were lost,
+ * which a device that completes in order finds again. */
+void ring_resume(struct vhost_queue *q);
 /* How many chains wait.  A guest that broke the index breaks the ring: returns 0. */
 uint32_t ring_pending(struct vhost_queue *q);
 /* Pops the next chain.  False: the ring broke (queue_break was called). Needs ring_pending() > 0.
@@ -260,6 +264,7 @@ struct device_ops {
     bool (*service)(struct vhost_queue *q); /* one pass; true if anything was done */
     void (*quiesce)(struct vhost_queue *q); /* a drain begins: give back what was only looked at */
     void (*free)(struct vhost_device *device);
+    bool in_order;      /* chains are completed in the order in which they were made available */
     uint32_t chain_max; /* chains longer than this and than the ring break it */
 };
 

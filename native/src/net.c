@@ -72,6 +72,7 @@ static const struct device_ops net_ops = {
     .service = service,
     .quiesce = quiesce,
     .free = net_free,
+    .in_order = true,
     .chain_max = UIO_MAXIOV,
 };
 

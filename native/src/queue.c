@@ -57,6 +57,7 @@ static int queue_init(struct vhost_queue *q, const struct vhost_queue_config *co
     int err = ring_map(q);
     if (err < 0)
         return err;
+    ring_resume(q);
     q->chain_max = q->ops->chain_max > q->ring.size ? q->ops->chain_max : q->ring.size;
     q->iov_max = q->chain_max + IOV_SLACK;
     q->iov = calloc(q->iov_max, sizeof(*q->iov));
@@ -118,8 +119,6 @@ int vhost_queue_new(const struct vhost_queue_config *config, struct vhost_device
     q->ring = (struct ring){
         .size = (uint16_t)size,
         .next_avail = config->next_index,
-        .used_idx = config->next_index,
-        .called_idx = config->next_index,
         .event_idx = has_bit(config->features, VIRTIO_F_EVENT_IDX),
         .indirect = has_bit(config->features, VIRTIO_F_INDIRECT_DESC),
     };

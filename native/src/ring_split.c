@@ -53,6 +53,15 @@ int ring_map(struct vhost_queue *q)
     return 0;
 }
 
+void ring_resume(struct vhost_queue *q)
+{
+    struct ring *r = &q->ring;
+
+    r->used_idx = r->called_idx = load16(&r->used[RING_IDX], __ATOMIC_RELAXED);
+    if (q->ops->in_order)
+        r->next_avail = r->used_idx;
+}
+
 uint32_t ring_pending(struct vhost_queue *q)
 {
     struct ring *r = &q->ring;

@@ -32,7 +32,7 @@ def test_status_as_json(serve, vdev: Run) -> None:  # type: ignore[no-untyped-de
         assert device["front_end_pid"] == os.getpid()
     assert status["version"]
     assert status["uptime_s"] >= 0
-    assert device["image"]["path"] == "disk.img"
+    assert device["image"]["path"] == os.path.abspath("disk.img")
     assert device["image"]["writeback"] is False
     assert len(device["stats"]["queues"]) == 2
     assert device["stats"]["total"]["requests"] == 0

@@ -81,7 +81,8 @@ async def test_a_disk_grows_under_its_guest(machine: Machine) -> None:
     # The kernel's own message is the event to wait for: it comes when the guest has noticed.
     noticed = asyncio.create_task(
         machine.guest.run(
-            "mkfifo /tmp/log; dmesg --follow >/tmp/log & grep -m1 'vdb.*new size' </tmp/log; kill $!"
+            "mkfifo /tmp/log; dmesg --follow >/tmp/log & "
+            "grep -m1 'vdb.*new size' </tmp/log; kill $!"
         )
     )
     await run(*command(), "resize", pid, name, str(2 * _SIZE))

@@ -68,7 +68,9 @@ class NetDevice(Device):
         if mtu is not None:
             self.features |= 1 << lib.VIRTIO_NET_F_MTU
         if len(tap.fds) > 1:
-            self.features |= 1 << lib.VIRTIO_NET_F_MQ
+            # MQ requires CTRL_VQ (virtio 1.3, section 5.1.3.1), whose queue the VMM serves.
+            self.features |= 1 << lib.VIRTIO_NET_F_MQ | 1 << lib.VIRTIO_NET_F_CTRL_VQ
+        self.supports_multiqueue = len(tap.fds) > 1
         self.native = self._new_native()
 
     def _new_native(self) -> Any:

@@ -294,6 +294,7 @@ class _Connector(Endpoint):
         self._retry = retry
         self._delay = 0.0
         self._connected_at: float | None = None
+        self._said: int | None = None  # the errno that was logged last
         self._closed = False
 
     def open(self, log: RateLimitedLog) -> None:
@@ -322,8 +323,11 @@ class _Connector(Endpoint):
                         f"socket path {self._path}: cannot connect to a front-end there: "
                         f"{error.strerror}"
                     ) from None
-                self._log.warning("%s: no front-end yet: %s", self._path, error.strerror)
+                if error.errno != self._said:
+                    self._said = error.errno
+                    self._log.warning("%s: no front-end yet: %s", self._path, error.strerror)
                 continue
+            self._said = None
             self._connected_at = loop.time()
             return sock
         return None

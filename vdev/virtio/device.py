@@ -23,6 +23,8 @@ class Device(ABC):
     features: the virtio feature bits that it offers, those of its rings included.
     native: `struct vhost_device *`, whose queue indexes are 0 … num_queues - 1.
     queue_groups: groups that front-ends treat as devices of their own: a net device's pairs.
+    supports_multiqueue: a front-end may ask how many queues there are.  Front-ends differ on
+        whether net's are pairs, so a card of one pair is better not asked.
     supports_mtu, supports_rarp: `set_mtu` and `announce` do something.
     config_changed: called without arguments when the configuration space changed by itself.
     """
@@ -33,6 +35,7 @@ class Device(ABC):
     features: int
     native: Any
     queue_groups: int = 1
+    supports_multiqueue: bool = True
     supports_mtu: bool = False
     supports_rarp: bool = False
 

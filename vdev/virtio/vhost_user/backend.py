@@ -32,6 +32,7 @@ from vdev.virtio.vhost_user.session import F_PROTOCOL, MEM_SLOTS, Request, Sessi
 from vdev.virtio.vhost_user.table import PROTOCOL_FEATURES
 
 _EVENTFD = "anon_inode:[eventfd]"
+_F_MQ = 1 << lib.VHOST_USER_PROTOCOL_F_MQ
 _F_MTU = 1 << lib.VHOST_USER_PROTOCOL_F_MTU
 _F_RARP = 1 << lib.VHOST_USER_PROTOCOL_F_RARP
 _F_MEM_SLOTS = 1 << lib.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
@@ -315,6 +316,8 @@ class Backend:
 
 def _protocol_features(device: Device) -> int:
     features: int = PROTOCOL_FEATURES
+    if not device.supports_multiqueue:
+        features &= ~_F_MQ
     if device.supports_mtu:
         features |= _F_MTU
     if device.supports_rarp:
