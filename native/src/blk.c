@@ -26,7 +26,7 @@ enum {
 
 /* ---- buffers ---- */
 
-/* Takes `len` bytes off the front of the buffers; copies them to `to` unless it is NULL. */
+/* Moves `len` bytes off the front of the buffers to `to`. */
 static void take_front(struct iovec **iov, uint32_t *n, void *to, size_t len)
 {
     while (len) {
@@ -54,8 +54,25 @@ static void copy_to(const struct iovec *iov, const void *from, size_t len)
     }
 }
 
+/* The header, which nearly every driver puts into a descriptor of its own. */
+static inline void take_header(struct iovec **iov, uint32_t *n, struct virtio_blk_req_hdr *hdr)
+{
+    if (likely((*iov)->iov_len == sizeof(*hdr))) {
+        memcpy(hdr, (*iov)->iov_base, sizeof(*hdr));
+        (*iov)++;
+        (*n)--;
+    } else {
+        take_front(iov, n, hdr, sizeof(*hdr));
+    }
+}
+
 static int keep_iov(struct blk_request *r, const struct iovec *iov, uint32_t n)
 {
+    if (likely(n == 1)) {
+        r->iov[0] = iov[0];
+        r->iov_count = 1;
+        return 0;
+    }
     if (n > r->iov_room) {
         struct iovec *more = malloc(n * sizeof(*more));
         if (!more)
@@ -220,7 +237,7 @@ static int parse(struct vhost_queue *q, const struct chain *c, struct blk_reques
     struct iovec *in = c->iov + c->readable, *data = c->iov;
     uint32_t in_count = c->writable - (last->iov_len == 0), data_count = c->readable;
     uint64_t readable = c->readable_len - sizeof(hdr), writable = c->writable_len - 1;
-    take_front(&data, &data_count, &hdr, sizeof(hdr));
+    take_header(&data, &data_count, &hdr);
     r->type = hdr.type;
 
     switch (hdr.type) {
