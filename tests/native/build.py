@@ -17,8 +17,7 @@ PROGRAMS = sorted(path.stem for path in (SOURCES / "tests").glob("test_*.c"))
 KINDS: Mapping[str, Sequence[str]] = {
     "plain": ["-Dbuildtype=release"],
     "address": ["-Dbuildtype=debugoptimized", "-Db_sanitize=address,undefined"],
-    # TSan does not model fences, and says so; ours order accesses of another process anyway.
-    "thread": ["-Dbuildtype=debugoptimized", "-Db_sanitize=thread", "-Dc_args=-Wno-tsan"],
+    "thread": ["-Dbuildtype=debugoptimized", "-Db_sanitize=thread"],
 }
 
 
