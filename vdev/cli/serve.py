@@ -20,23 +20,15 @@ def blk(arguments: Namespace) -> int:
     """``vdev blk serve``."""
     from vdev.server.blk import serve
 
-    return _run(
+    return _serve_one(
         arguments,
-        lambda: Service(control=arguments.control or True).run(
-            _one(
-                serve(
-                    _endpoint(arguments),
-                    arguments.blk_file,
-                    read_only=arguments.read_only,
-                    num_queues=arguments.num_queues,
-                    serial=arguments.serial,
-                    cache=arguments.cache,
-                    engine=arguments.engine,
-                    poll_us=arguments.poll_us,
-                    iothreads=arguments.iothreads,
-                )
-            )
-        ),
+        serve,
+        image=arguments.blk_file,
+        read_only=arguments.read_only,
+        num_queues=arguments.num_queues,
+        serial=arguments.serial,
+        cache=arguments.cache,
+        engine=arguments.engine,
     )
 
 
@@ -44,23 +36,15 @@ def net(arguments: Namespace) -> int:
     """``vdev net serve``."""
     from vdev.server.net import serve
 
-    return _run(
+    return _serve_one(
         arguments,
-        lambda: Service(control=arguments.control or True).run(
-            _one(
-                serve(
-                    _endpoint(arguments),
-                    tap=arguments.tap,
-                    bridge=arguments.bridge,
-                    queues=arguments.queues,
-                    mac=arguments.mac,
-                    mtu=arguments.mtu,
-                    address=arguments.address,
-                    poll_us=arguments.poll_us,
-                    iothreads=arguments.iothreads,
-                )
-            )
-        ),
+        serve,
+        tap=arguments.tap,
+        bridge=arguments.bridge,
+        queues=arguments.queues,
+        mac=arguments.mac,
+        mtu=arguments.mtu,
+        address=arguments.address,
     )
 
 
@@ -71,6 +55,23 @@ def config(arguments: Namespace) -> int:
 
     wanted = load_config(arguments.config)
     return _run(arguments, lambda: Service(control=wanted.server.control).run(serve_config(wanted)))
+
+
+def _serve_one(
+    arguments: Namespace,
+    serve: Callable[..., contextlib.AbstractAsyncContextManager[DeviceServer]],
+    **device: Any,
+) -> int:
+    async def work() -> None:
+        server = serve(
+            _endpoint(arguments),
+            **device,
+            poll_us=arguments.poll_us,
+            iothreads=arguments.iothreads,
+        )
+        await Service(control=arguments.control or True).run(_one(server))
+
+    return _run(arguments, work)
 
 
 def _run(arguments: Namespace, work: Callable[[], Coroutine[Any, Any, None]]) -> int:
