@@ -16,6 +16,7 @@ from .serving import Disk, allocated, make_image
 SIZE = 8 << 20
 MIB = 1 << 20
 SECTORS = MIB // 512
+METADATA = 64 << 10  # a file in many pieces has blocks for their list, which are its own as well
 
 
 @pytest.fixture(params=["auto", "threads", "direct"])
@@ -43,7 +44,7 @@ def test_discard_makes_a_hole(served: tuple[BlkClient, Path, bytes]) -> None:
     before = allocated(image)
     client.discard(2 * SECTORS, 3 * SECTORS)
     client.flush()
-    assert before - allocated(image) == 3 * MIB
+    assert before - allocated(image) == pytest.approx(3 * MIB, abs=METADATA)
     assert image.stat().st_size == SIZE
     # Around the hole nothing has changed; the hole itself reads as zeroes on a file.
     assert image.read_bytes() == zeroed(content, 2 * MIB, 3 * MIB)
@@ -65,7 +66,7 @@ def test_discard_of_several_segments(served: tuple[BlkClient, Path, bytes]) -> N
     done = client.request(T_DISCARD, 0, data)
     assert (done.status, done.used) == (S_OK, 1)
     client.flush()
-    assert before - allocated(image) == 2 * MIB
+    assert before - allocated(image) == pytest.approx(2 * MIB, abs=METADATA)
     for n in range(4):
         content = zeroed(content, n * MIB, MIB // 2)
     assert image.read_bytes() == content
@@ -94,9 +95,13 @@ def test_write_zeroes(served: tuple[BlkClient, Path, bytes], unmap: bool) -> Non
     assert image.read_bytes() == zeroed(content, MIB, 2 * MIB)
     given_back = before - allocated(image)
     if unmap:
-        assert given_back == 2 * MIB, "unmap may give the room back, and does on a file"
+        assert given_back == pytest.approx(2 * MIB, abs=METADATA), (
+            "unmap may give the room back, and does on a file"
+        )
     else:
-        assert given_back == 0, "without unmap the room must stay reserved"
+        assert given_back == pytest.approx(0, abs=METADATA), (
+            "without unmap the room must stay reserved"
+        )
 
 
 @pytest.mark.parametrize("unmap", [False, True], ids=["keep", "unmap"])
