@@ -78,7 +78,7 @@ class DeviceServer:
         serving = self._backend is not None
         done = self._task is None or self._task.done()
         return {
-            "socket": self.endpoint.name,
+            "socket": self.endpoint.address,
             "state": "connected" if serving else "stopped" if done else "waiting",
             "front_end_pid": self._peer_pid if serving else None,
             "connections": self._connections,

@@ -39,6 +39,11 @@ class Endpoint(ABC):
 
     name: str
 
+    @property
+    def address(self) -> str:
+        """Where it is, for somebody in another folder."""
+        return self.name
+
     @staticmethod
     def listen(path: str | os.PathLike[str]) -> Endpoint:
         """Listens on a socket path, replacing a stale one that nobody listens on any more."""
@@ -192,6 +197,10 @@ class _PathListener(_Listener):
         self._path = path
         self._identity: tuple[int, int] | None = None
 
+    @property
+    def address(self) -> str:
+        return os.path.abspath(self._path)
+
     def open(self, log: RateLimitedLog) -> None:
         check_path(self._path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -296,6 +305,10 @@ class _Connector(Endpoint):
         self._connected_at: float | None = None
         self._said: int | None = None  # the errno that was logged last
         self._closed = False
+
+    @property
+    def address(self) -> str:
+        return os.path.abspath(self._path)
 
     def open(self, log: RateLimitedLog) -> None:
         check_path(self._path)
