@@ -379,13 +379,15 @@ static const struct device_ops blk_ops = {
 static int probe_file(struct blk *blk, int fd)
 {
     struct statfs fs;
+    struct stat st;
     struct statx stx;
 
     blk->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
     int flags = fcntl(blk->fd, F_GETFL);
-    if (flags < 0 || fstatfs(blk->fd, &fs) < 0)
+    if (flags < 0 || fstatfs(blk->fd, &fs) < 0 || fstat(blk->fd, &st) < 0)
         return -errno;
-    blk->memory_backed = fs.f_type == TMPFS_SUPER_MAGIC;
+    /* A device node lies on a tmpfs, too, but its data does not. */
+    blk->memory_backed = fs.f_type == TMPFS_SUPER_MAGIC && S_ISREG(st.st_mode);
     blk->direct = flags & O_DIRECT;
     blk->dma_align = SECTOR;
     if (statx(blk->fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &stx) == 0 &&
