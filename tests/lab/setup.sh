@@ -28,7 +28,7 @@ command -v apt-get >/dev/null || die "this needs Debian (apt-get was not found)"
 packages=(
     ca-certificates git make gcc libc6-dev pkg-config liburing-dev
     qemu-system-x86 qemu-system-common qemu-utils
-    fio iperf3 mmdebstrap busybox-static cpio kmod e2fsprogs util-linux
+    fio iperf3 mmdebstrap busybox-static cpio kmod e2fsprogs mount util-linux
     iproute2 iputils-ping ethtool shellcheck
 )
 python=$(command -v python3 || true)
