@@ -518,7 +518,6 @@ enum vhost_blk_flag {
     VHOST_BLK_READ_ONLY = 1,
     VHOST_BLK_NULL = 2, /* no file: reads give zeroes, writes vanish */
     VHOST_BLK_BLOCK_DEVICE = 4,
-    VHOST_BLK_DISCARD = 8,   /* the image can punch holes */
     VHOST_BLK_THREADS = 16,  /* use the thread pool although io_uring is there */
     VHOST_BLK_NO_FLUSH = 32, /* cache=unsafe: FLUSH succeeds at once */
 };

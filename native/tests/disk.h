@@ -96,7 +96,7 @@ static inline void disk_open_features(struct disk *d, const struct disk_kind *ki
 
 static inline void disk_open(struct disk *d, const struct disk_kind *kind)
 {
-    disk_open_features(d, kind, VHOST_BLK_DISCARD, BLK_FEATURES);
+    disk_open_features(d, kind, 0, BLK_FEATURES);
 }
 
 static inline void disk_close(struct disk *d)

@@ -210,7 +210,7 @@ static void ranges_that_were_not_negotiated(void)
     struct virtio_blk_range range = {.sector = 0, .num_sectors = 1};
     struct disk d;
 
-    disk_open_features(&d, &disk_kinds[0], VHOST_BLK_DISCARD, 0);
+    disk_open_features(&d, &disk_kinds[0], 0, 0);
     CHECK_UNSUPP(disk_ranges(&d, VIRTIO_BLK_T_DISCARD, &range, 1));
     CHECK_UNSUPP(disk_ranges(&d, VIRTIO_BLK_T_WRITE_ZEROES, &range, 1));
     CHECK_UNSUPP(disk_ranges(&d, VIRTIO_BLK_T_SECURE_ERASE, &range, 1));
@@ -224,7 +224,7 @@ static void a_read_only_disk_is_never_written(void)
     struct virtio_blk_range range = {.sector = 0, .num_sectors = 1};
     struct disk d;
 
-    disk_open_features(&d, &disk_kinds[0], VHOST_BLK_READ_ONLY | VHOST_BLK_DISCARD, BLK_FEATURES);
+    disk_open_features(&d, &disk_kinds[0], VHOST_BLK_READ_ONLY, BLK_FEATURES);
     image_fill(&d, 0, 0x51, SECTOR);
     memset(disk_data(&d), 0, SECTOR);
     CHECK_IOERR(disk_write(&d, 0, SECTOR));

@@ -17,6 +17,7 @@ from .namespace import Namespace
 from .served import Served
 
 MAC = "52:54:00:12:34:56"
+F_CTRL_VQ = 1 << 17
 
 
 @pytest.fixture
@@ -43,6 +44,19 @@ def test_features_that_need_an_option(ns: Namespace, tmp_path: Path) -> None:
         with NetClient(card.path, pairs=2) as nic:
             assert nic.config().mtu == 0
             assert nic.config().max_pairs == 2
+
+
+@pytest.mark.parametrize("queues", [1, 2])
+def test_what_comes_with_several_pairs(ns: Namespace, tmp_path: Path, queues: int) -> None:
+    """MQ requires CTRL_VQ (virtio 1.3, 5.1.3.1); one pair is not worth asking for its number."""
+    with (
+        Served(ns, tmp_path / "s", tap="tap0", queues=queues) as card,
+        Session(card.path) as front_end,
+    ):
+        features = front_end.get_features()
+        assert bool(features & F_MQ) == bool(features & F_CTRL_VQ) == (queues > 1)
+        offered = front_end.get_protocol_features()
+        assert bool(offered & Protocol.MQ) == (queues > 1)
 
 
 @pytest.mark.parametrize("queues", [1, 2])

@@ -158,3 +158,18 @@ def test_what_a_disabled_ring_sends_is_dropped(card: Served, wire: PacketPort) -
         sent = frame()
         nic.send(sent)
         assert wire.recv() == sent
+
+
+def test_what_was_lost_with_a_server_is_sent_after_all(nic: NetClient, wire: PacketPort) -> None:
+    """A front-end whose server died knows only what was made available; the ring knows the rest."""
+    before = frame()
+    nic.send(before)
+    assert wire.recv() == before
+    nic.get_vring_base(1)
+    lost = [frame(100), frame(200)]
+    for one in lost:
+        nic.submit(Header().pack() + one)
+    nic.start_ring(1, nic.tx(), base=nic.tx().avail_idx)
+    for one in lost:
+        assert wire.recv() == one
+        nic.reap()

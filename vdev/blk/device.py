@@ -99,8 +99,6 @@ class BlkDevice(Device):
             flags |= lib.VHOST_BLK_NULL
         if image.is_block_device:
             flags |= lib.VHOST_BLK_BLOCK_DEVICE
-        if image.can_discard:
-            flags |= lib.VHOST_BLK_DISCARD
         if self.engine == "threads":
             flags |= lib.VHOST_BLK_THREADS
         if self.cache == "unsafe":
