@@ -21,6 +21,8 @@
 
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
+/* Code that a well-behaved peer never runs: out of line, so that it costs the rest no registers. */
+#define cold_path __attribute__((noinline, cold))
 #define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
 #define container_of(ptr, type, member) ((type *)((char *)(ptr) - offsetof(type, member)))
 
@@ -65,9 +67,22 @@ struct vhost_memory {
 };
 
 void memory_ref(struct vhost_memory *memory);
+/* memory_find where the hint was wrong. */
+struct vhost_region *memory_search(const struct vhost_memory *memory, uint64_t guest_addr,
+                                   uint32_t *hint);
+
 /* The region that holds guest_addr, or NULL.  `hint` is the index to try first, updated. */
-struct vhost_region *memory_find(const struct vhost_memory *memory, uint64_t guest_addr,
-                                 uint32_t *hint);
+static inline struct vhost_region *memory_find(const struct vhost_memory *memory,
+                                               uint64_t guest_addr, uint32_t *hint)
+{
+    if (likely(*hint < memory->count)) {
+        struct vhost_region *r = memory->region[*hint];
+        if (likely(guest_addr - r->guest_addr < r->size))
+            return r;
+    }
+    return memory_search(memory, guest_addr, hint);
+}
+
 /* Rises with every SIGBUS that was absorbed; queues compare it to notice one cheaply. */
 extern atomic_uint memory_faults;
 bool memory_is_broken(const struct vhost_memory *memory);

@@ -204,13 +204,8 @@ void vhost_memory_unref(struct vhost_memory *m)
     free(m);
 }
 
-struct vhost_region *memory_find(const struct vhost_memory *m, uint64_t addr, uint32_t *hint)
+struct vhost_region *memory_search(const struct vhost_memory *m, uint64_t addr, uint32_t *hint)
 {
-    if (likely(*hint < m->count)) {
-        struct vhost_region *r = m->region[*hint];
-        if (likely(addr - r->guest_addr < r->size))
-            return r;
-    }
     uint32_t low = 0, high = m->count;
     while (low < high) {
         uint32_t mid = (low + high) / 2;

@@ -92,38 +92,50 @@ static inline struct vring_desc desc_read(const struct vring_desc *d)
     };
 }
 
-/* Translates a buffer whole; over adjacent regions it becomes several iovecs. */
-static enum vhost_fault add_buffer(struct vhost_queue *q, uint64_t addr, uint32_t len,
-                                   uint32_t *iovs, uint32_t *splits)
+/* Adds a buffer that does not lie in one region: over adjacent ones it becomes several iovecs.
+ * Returns how many there are now, or a fault as a negative number.  Kept out of the walk, which
+ * then has its counts in registers. */
+static cold_path int add_split(struct vhost_queue *q, uint64_t addr, uint32_t len, uint32_t iovs)
 {
     for (;;) {
         struct vhost_region *r = memory_find(q->memory, addr, &q->memory_hint);
-        if (unlikely(!r))
-            return VHOST_FAULT_ADDRESS;
+        if (!r)
+            return -VHOST_FAULT_ADDRESS;
         uint64_t offset = addr - r->guest_addr;
         uint64_t room = r->size - offset;
-        if (unlikely(*iovs == q->iov_max))
-            return VHOST_FAULT_CHAIN_LENGTH;
-        struct iovec *iov = &q->iov[(*iovs)++];
+        if (iovs == q->iov_max)
+            return -VHOST_FAULT_CHAIN_LENGTH;
+        struct iovec *iov = &q->iov[iovs++];
         iov->iov_base = r->host + offset;
-        if (likely(len <= room)) {
+        if (len <= room) {
             iov->iov_len = len;
-            return VHOST_FAULT_NONE;
+            return (int)iovs;
         }
         iov->iov_len = room;
         addr += room;
         len -= (uint32_t)room;
-        (*splits)++;
     }
+}
+
+/* Translates a buffer whole.  Returns as add_split does. */
+static inline int add_buffer(struct vhost_queue *q, uint64_t addr, uint32_t len, uint32_t iovs)
+{
+    struct vhost_region *r = memory_find(q->memory, addr, &q->memory_hint);
+
+    if (unlikely(!r || iovs == q->iov_max || len > r->size - (addr - r->guest_addr)))
+        return add_split(q, addr, len, iovs);
+    q->iov[iovs].iov_base = r->host + (addr - r->guest_addr);
+    q->iov[iovs].iov_len = len;
+    return (int)iovs + 1;
 }
 
 /* The host address of an indirect table; one that straddles regions is copied to q->table. */
 static const struct vring_desc *indirect_table(struct vhost_queue *q, uint64_t addr, uint32_t len)
 {
-    const void *table = vhost_memory_translate(q->memory, addr, len);
+    const struct vhost_region *whole = memory_find(q->memory, addr, &q->memory_hint);
 
-    if (likely(table != NULL))
-        return table;
+    if (likely(whole && len <= whole->size - (addr - whole->guest_addr)))
+        return (const void *)(whole->host + (addr - whole->guest_addr));
     if (len > q->chain_max * sizeof(struct vring_desc))
         return NULL;
     for (uint32_t done = 0; done < len;) {
@@ -146,7 +158,6 @@ static enum vhost_fault walk(struct vhost_queue *q, uint16_t head, struct chain 
     uint32_t i = head, seen = 0, iovs = 0, splits = 0, readable = 0;
     uint64_t readable_len = 0, writable_len = 0;
     bool writable = false, nested = false;
-    enum vhost_fault fault;
 
     for (;;) {
         struct vring_desc d = desc_read(&table[i]);
@@ -178,9 +189,11 @@ static enum vhost_fault walk(struct vhost_queue *q, uint16_t head, struct chain 
                 return VHOST_FAULT_ORDER;
             readable_len += d.len;
         }
-        fault = add_buffer(q, d.addr, d.len, &iovs, &splits);
-        if (unlikely(fault))
-            return fault;
+        int now = add_buffer(q, d.addr, d.len, iovs);
+        if (unlikely(now < 0))
+            return (enum vhost_fault) - now;
+        splits += (uint32_t)now - iovs - 1;
+        iovs = (uint32_t)now;
         if (!(d.flags & VRING_DESC_F_NEXT))
             break;
         if (unlikely(d.next >= table_len))
