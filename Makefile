@@ -4,7 +4,7 @@ PYTHON := .venv/bin/python
 # Taps, bridges and the guest's root file system need root; -E keeps XDG_CACHE_HOME, CI, proxies.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
 
-.PHONY: demo test perf-smoke setup clean clean-cache
+.PHONY: demo test perf perf-gate setup clean clean-cache
 
 demo: setup
 	@$(SUDO) $(PYTHON) -m tests.lab.demo $(DEMO_ARGS)
@@ -12,8 +12,12 @@ demo: setup
 test: setup
 	@$(SUDO) $(PYTHON) -m pytest $(if $(TESTS),$(TESTS),tests) $(PYTEST_ARGS)
 
-perf-smoke: setup
-	@$(SUDO) $(PYTHON) -m perf.smoke $(PERF_ARGS)
+# make perf PERF_ARGS="blk --only tmpfs --server vdev --server qsd"; see docs/performance.md
+perf: setup
+	@$(SUDO) $(PYTHON) -m perf run $(PERF_ARGS)
+
+perf-gate: setup
+	@$(SUDO) $(PYTHON) -m perf gate $(PERF_ARGS)
 
 setup:
 	@tests/lab/setup.sh

@@ -39,13 +39,20 @@ def measure(cpu_a: int, cpu_b: int) -> Distance:
     return Distance(result[0])
 
 
-def busy_seconds(cpu: int) -> float:
-    """How long `cpu` has been busy since the machine started, in ticks of 10 ms (proc(5))."""
+def busy_seconds(*cpus: int) -> float:
+    """How long CPUs have been busy since the machine started, together, in ticks of 10 ms.
+
+    Raises OSError where there is no such CPU (proc(5), /proc/stat).
+    """
+    busy = {}
     with open("/proc/stat") as file:
         for line in file:
             name, *ticks = line.split()
-            if name == f"cpu{cpu}":
+            if name.startswith("cpu") and name != "cpu":
                 user, nice, system, _idle, _iowait, irq, softirq = map(int, ticks[:7])
-                busy = user + nice + system + irq + softirq
-                return float(busy) / os.sysconf("SC_CLK_TCK")
-    raise OSError(errno.EINVAL, f"there is no CPU {cpu}")
+                busy[name] = user + nice + system + irq + softirq
+    try:
+        total = sum(busy[f"cpu{cpu}"] for cpu in cpus)
+    except KeyError as missing:
+        raise OSError(errno.EINVAL, f"there is no {missing.args[0]}") from None
+    return float(total) / os.sysconf("SC_CLK_TCK")

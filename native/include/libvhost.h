@@ -633,6 +633,99 @@ int vhost_driver_run(const struct vhost_load_config *config, struct vhost_load_r
  * `rounds` rounds of 1000. */
 int vhost_driver_ping(int cpu_a, int cpu_b, uint32_t rounds, double *round_trip_ns);
 
+/* ---- the driver's side: a packet generator for net queues, for measuring and for tests ---- */
+
+enum vhost_packet_flag {
+    VHOST_PACKET_EVENT_IDX = 1,  /* of a port: negotiated */
+    VHOST_PACKET_MERGEABLE = 2,  /* of a port: MRG_RXBUF was negotiated */
+    VHOST_PACKET_POLL = 4,       /* of a run: spin on the used rings; otherwise sleep on call fds */
+    VHOST_PACKET_VERIFY = 8,     /* of a run: fill frames with a pattern, and check every byte */
+    VHOST_PACKET_ROUND_TRIP = 16 /* of a run: port b sends back what arrives there */
+};
+
+enum vhost_packet_limit {
+    VHOST_PACKET_MIN = 60,    /* bytes of a frame: what no switch needs to pad */
+    VHOST_PACKET_MAX = 65593, /* IPv6 with 65535 bytes of payload, behind Ethernet and a VLAN tag */
+    VHOST_PACKET_STAMP = 16,  /* bytes that a frame needs behind its header */
+    VHOST_PACKET_HEADER_MAX = 256,
+    VHOST_PACKET_DEPTH_MAX = 65536,
+};
+
+struct vhost_packet_ring {
+    uint64_t desc; /* guest physical addresses */
+    uint64_t avail;
+    uint64_t used;
+    uint32_t size;
+    int32_t kick_fd; /* an eventfd, or -1: the device polls */
+    int32_t call_fd; /* an eventfd, or -1 where all runs poll */
+};
+
+/* One queue pair of a virtio-net device that speaks VERSION_1, in guest memory of one region. */
+struct vhost_packet_port_config {
+    void *memory; /* [guest_addr, guest_addr + memory_size); stays mapped while the port lives */
+    uint64_t memory_size;
+    uint64_t guest_addr;
+    struct vhost_packet_ring rx;
+    struct vhost_packet_ring tx;
+    /* A multiple of 64.  Each receive buffer, and each frame that waits to be sent, takes its size
+     * (a frame's with the virtio-net header) and up to 190 bytes more.  The receive buffers come
+     * first; what remains bounds the frames that the server can hold unsent. */
+    uint64_t buffers;
+    uint64_t buffers_size;
+    uint32_t rx_buffer_size; /* bytes of a receive buffer: one descriptor */
+    uint32_t flags;
+    struct virtio_net_hdr vnet; /* of each frame sent; num_buffers is ignored */
+    const uint8_t *header;      /* what each frame sent starts with: Ethernet, IP, TCP...; copied */
+    uint32_t header_len;
+};
+
+/* The rings of a pair and what the driver knows of them, from run to run. */
+struct vhost_packet_port;
+
+/* Takes over two rings that are idle, and fills the receive ring; nothing is kicked before the
+ * first run.  -EINVAL: the config contradicts itself, leaves memory, or names a ring in use. */
+int vhost_packet_port_new(const struct vhost_packet_port_config *config,
+                          struct vhost_packet_port **out);
+/* The receive ring is left full: set the rings up anew before they are used again. */
+void vhost_packet_port_free(struct vhost_packet_port *port);
+
+struct vhost_packet_config {
+    struct vhost_packet_port *port_a; /* sends */
+    struct vhost_packet_port *port_b; /* receives; port a once more where the server echoes */
+    uint64_t packets;                 /* stop sending after so many, or 0 */
+    uint64_t duration_ns; /* stop sending after so long, or 0; one of the two is needed */
+    uint64_t seed;        /* tells the frames of runs apart, with the time */
+    uint32_t packet_size; /* bytes of a frame, without the virtio-net header */
+    uint32_t depth;       /* frames in flight at most; 0 = no limit: as many as the ring takes */
+    uint32_t lost_ms;     /* a frame that is not back after so long is lost; more than 0 */
+    uint32_t stall_ms;    /* give up where the server holds frames to be sent so long; 0 = never */
+    uint32_t flags;
+    int32_t cpu; /* pin the calling thread to this CPU meanwhile, or -1 */
+};
+
+/* sent = received + lost.  With a depth of 0 the lost are counted at the end, or when the 65536th
+ * frame after them is sent. */
+struct vhost_packet_result {
+    uint64_t sent;     /* by port a */
+    uint64_t received; /* each frame once; with ROUND_TRIP those that came back */
+    uint64_t lost;
+    uint64_t corrupt; /* of the received: not as sent; a round trip ends where that is seen */
+    uint64_t stale;   /* of this run, but received before, or lost */
+    uint64_t foreign; /* not of this run, or not where it belongs */
+    uint64_t bytes;   /* of the frames received, without virtio-net headers */
+    uint64_t kicks;   /* on all rings */
+    uint64_t sleeps;
+    uint64_t elapsed_ns;                       /* until the last frame was sent or received */
+    uint64_t cpu_ns;                           /* of the calling thread */
+    uint64_t latency[VHOST_HISTOGRAM_BUCKETS]; /* of the received that are not corrupt */
+};
+
+/* Sends frames from port a to port b (and back), in the calling thread.
+ * -EINVAL: the config contradicts itself; -EBUSY: frames that an earlier run sent are still with
+ * the server; -ETIMEDOUT: stalled (the result counts until then); -EPROTO: the device broke a
+ * ring of the ports, now or in an earlier run. */
+int vhost_packet_run(const struct vhost_packet_config *config, struct vhost_packet_result *result);
+
 /* cdef end */
 
 #ifdef __cplusplus

@@ -7,10 +7,9 @@
  * clock, and the decision to kick are paid once a batch.  A latency is therefore the time from
  * the batch that sent a request to the batch that saw it done.
  */
-#include "internal.h"
-#include <errno.h>
+#include "cpu.h"
+#include "driver_ring.h"
 #include <poll.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -37,9 +36,7 @@ struct slot {
 struct driver {
     const struct vhost_load_config *config;
     struct vhost_load_result *result;
-    struct vring_desc *desc;
-    uint16_t *avail;
-    uint16_t *used;
+    struct driver_ring ring;
     struct request *request;
     char *data;
     uint64_t data_addr;
@@ -47,8 +44,6 @@ struct driver {
     uint16_t *idle; /* stack of slots */
     uint32_t idle_count;
     uint16_t stride; /* descriptors a slot */
-    uint16_t avail_idx;
-    uint16_t used_idx;
     uint64_t blocks;
     uint64_t sent;
     uint64_t next_block;
@@ -121,45 +116,14 @@ static uint32_t stamp_errors(const char *data, uint64_t sector, uint64_t generat
     return errors;
 }
 
-/* ---- the ring ---- */
-
-static char *at(const struct vhost_load_config *c, uint64_t addr, uint64_t size)
-{
-    uint64_t offset = addr - c->guest_addr;
-
-    if (addr < c->guest_addr || offset > c->memory_size || size > c->memory_size - offset)
-        return NULL;
-    return (char *)c->memory + offset;
-}
-
-static inline uint16_t *used_event(struct driver *d)
-{
-    return &d->avail[2 + d->config->queue_size];
-}
-
-static inline uint16_t *avail_event(struct driver *d)
-{
-    return &d->used[2 + 4 * d->config->queue_size];
-}
-
-static inline struct vring_used_elem *used_elem(struct driver *d, uint16_t idx)
-{
-    struct vring_used_elem *ring = (struct vring_used_elem *)&d->used[2];
-
-    return &ring[idx & (d->config->queue_size - 1)];
-}
-
-static inline uint16_t device_used_idx(struct driver *d)
-{
-    return __atomic_load_n(&d->used[1], __ATOMIC_ACQUIRE);
-}
+/* ---- the slots ---- */
 
 static void slot_layout(struct driver *d, uint32_t i, uint64_t request_addr)
 {
     const struct vhost_load_config *c = d->config;
     bool indirect = c->flags & VHOST_LOAD_INDIRECT;
     uint64_t addr = request_addr + i * sizeof(struct request);
-    struct vring_desc *desc = indirect ? d->request[i].table : &d->desc[3 * i];
+    struct vring_desc *desc = indirect ? d->request[i].table : &d->ring.desc[3 * i];
     uint16_t first = indirect ? 0 : (uint16_t)(3 * i);
 
     desc[0] = (struct vring_desc){.addr = addr + offsetof(struct request, header),
@@ -173,37 +137,36 @@ static void slot_layout(struct driver *d, uint32_t i, uint64_t request_addr)
     desc[2] = (struct vring_desc){
         .addr = addr + offsetof(struct request, status), .len = 1, .flags = VRING_DESC_F_WRITE};
     if (indirect) {
-        d->desc[i] = (struct vring_desc){.addr = addr + offsetof(struct request, table),
-                                         .len = 3 * sizeof(struct vring_desc),
-                                         .flags = VRING_DESC_F_INDIRECT};
+        d->ring.desc[i] = (struct vring_desc){.addr = addr + offsetof(struct request, table),
+                                              .len = 3 * sizeof(struct vring_desc),
+                                              .flags = VRING_DESC_F_INDIRECT};
     }
 }
 
 static int driver_open(struct driver *d)
 {
     const struct vhost_load_config *c = d->config;
-    uint64_t n = c->queue_size;
+    struct driver_memory memory = {c->memory, c->memory_size, c->guest_addr};
     uint64_t requests_size =
         ((uint64_t)c->depth * sizeof(struct request) + PAGE - 1) & ~(PAGE - 1ull);
 
     d->stride = c->flags & VHOST_LOAD_INDIRECT ? 1 : 3;
-    if (n == 0 || n > VIRTQUEUE_MAX_SIZE || (n & (n - 1)) || c->depth == 0 ||
-        (uint64_t)c->depth * d->stride > n || c->block_size == 0 || c->block_size % SECTOR ||
-        c->span < c->block_size || c->write_percent > 100 || (!c->requests && !c->duration_ns) ||
-        (c->call_fd < 0 && !(c->flags & VHOST_LOAD_POLL)) || c->buffers % PAGE)
+    if (c->depth == 0 || (uint64_t)c->depth * d->stride > c->queue_size || c->block_size == 0 ||
+        c->block_size % SECTOR || c->span < c->block_size || c->write_percent > 100 ||
+        (!c->requests && !c->duration_ns) || (c->call_fd < 0 && !(c->flags & VHOST_LOAD_POLL)) ||
+        c->buffers % PAGE)
         return -EINVAL;
+    int err = driver_ring_open(&d->ring, &memory, c->desc, c->avail, c->used, c->queue_size);
+    if (err)
+        return err;
+    d->ring.event_idx = c->flags & VHOST_LOAD_EVENT_IDX;
+    d->ring.kick_fd = c->kick_fd;
+    d->ring.call_fd = c->call_fd;
     d->blocks = c->span / c->block_size;
-    d->desc = (struct vring_desc *)at(c, c->desc, 16 * n);
-    d->avail = (uint16_t *)at(c, c->avail, 6 + 2 * n);
-    d->used = (uint16_t *)at(c, c->used, 6 + 8 * n);
-    d->request = (struct request *)at(c, c->buffers, requests_size);
+    d->request = (struct request *)driver_memory_at(&memory, c->buffers, requests_size);
     d->data_addr = c->buffers + requests_size;
-    d->data = at(c, d->data_addr, (uint64_t)c->depth * c->block_size);
-    if (!d->desc || !d->avail || !d->used || !d->request || !d->data)
-        return -EINVAL;
-    d->avail_idx = d->avail[1];
-    d->used_idx = d->used[1];
-    if (d->avail_idx != d->used_idx)
+    d->data = driver_memory_at(&memory, d->data_addr, (uint64_t)c->depth * c->block_size);
+    if (!d->request || !d->data)
         return -EINVAL;
 
     d->random = c->seed;
@@ -279,33 +242,13 @@ static inline void send(struct driver *d, uint64_t now)
     r->status = 0xff;
     if (c->write_percent) {
         struct vring_desc *data =
-            c->flags & VHOST_LOAD_INDIRECT ? &r->table[1] : &d->desc[3 * i + 1];
+            c->flags & VHOST_LOAD_INDIRECT ? &r->table[1] : &d->ring.desc[3 * i + 1];
         data->flags = VRING_DESC_F_NEXT | (s->write ? 0 : VRING_DESC_F_WRITE);
     }
     if (unlikely(d->block_busy != NULL))
         prepare_data(d, s, d->data + (size_t)i * c->block_size);
-    d->avail[2 + (d->avail_idx++ & (c->queue_size - 1))] = (uint16_t)(i * d->stride);
+    driver_ring_offer(&d->ring, (uint16_t)(i * d->stride));
     d->sent++;
-}
-
-/* Makes what was sent since `before` visible, and kicks unless the device asked not to. */
-static void publish(struct driver *d, uint16_t before)
-{
-    bool kick;
-
-    __atomic_store_n(&d->avail[1], d->avail_idx, __ATOMIC_RELEASE);
-    /* The index must be visible before the device's wish is read (virtio 1.3, 2.7.13.4.1). */
-    atomic_thread_fence(memory_order_seq_cst);
-    if (d->config->flags & VHOST_LOAD_EVENT_IDX) {
-        uint16_t event = __atomic_load_n(avail_event(d), __ATOMIC_RELAXED);
-        kick = (uint16_t)(d->avail_idx - event - 1) < (uint16_t)(d->avail_idx - before);
-    } else {
-        kick = !(__atomic_load_n(&d->used[0], __ATOMIC_RELAXED) & VRING_USED_F_NO_NOTIFY);
-    }
-    if (kick && d->config->kick_fd >= 0) {
-        eventfd_write(d->config->kick_fd, 1);
-        d->result->kicks++;
-    }
 }
 
 static void check(struct driver *d, struct slot *s, uint16_t i)
@@ -323,14 +266,14 @@ static void check(struct driver *d, struct slot *s, uint16_t i)
             stamp_errors(data, s->block * sectors, d->generation[s->block], sectors);
 }
 
-/* Takes what is on the used ring up to `end`. */
-static int reap(struct driver *d, uint16_t end, uint64_t now)
+/* Takes what is on the used ring. */
+static int reap(struct driver *d, uint64_t now)
 {
     const struct vhost_load_config *c = d->config;
     struct vhost_load_result *r = d->result;
 
-    while (d->used_idx != end) {
-        uint32_t id = used_elem(d, d->used_idx++)->id;
+    for (uint16_t n = driver_ring_pending(&d->ring); n; n--) {
+        uint32_t id = driver_ring_elem(&d->ring, d->ring.used_idx++)->id;
         uint32_t i = d->stride == 1 ? id : id / 3;
         if (i >= c->depth || i * d->stride != id || !d->slot[i].busy)
             return -EPROTO;
@@ -354,7 +297,7 @@ static int wait_spinning(struct driver *d)
 {
     uint64_t limit = 0;
 
-    for (uint32_t spins = 0; device_used_idx(d) == d->used_idx; spins++) {
+    for (uint32_t spins = 0; !driver_ring_pending(&d->ring); spins++) {
         cpu_relax();
         if (spins % 65536 != 65535 || !d->config->stall_ms)
             continue;
@@ -373,11 +316,10 @@ static int wait_sleeping(struct driver *d)
     int timeout = d->config->stall_ms ? (int)d->config->stall_ms : -1;
     eventfd_t ignored;
 
-    if (d->config->flags & VHOST_LOAD_EVENT_IDX)
-        __atomic_store_n(used_event(d), d->used_idx, __ATOMIC_RELAXED);
+    driver_ring_arm(&d->ring, d->ring.used_idx);
     /* The wish must be visible before the used index is looked at for the last time. */
     atomic_thread_fence(memory_order_seq_cst);
-    while (device_used_idx(d) == d->used_idx) {
+    while (!driver_ring_pending(&d->ring)) {
         d->result->sleeps++;
         int n = poll(&p, 1, timeout);
         if (n == 0)
@@ -388,61 +330,34 @@ static int wait_sleeping(struct driver *d)
     return 0;
 }
 
-/* With EVENT_IDX "do not call" means an event index that is far off; it has to be kept far. */
-static inline void push_event_away(struct driver *d)
-{
-    if ((uint16_t)(*used_event(d) - d->used_idx) < 0x4000)
-        __atomic_store_n(used_event(d), (uint16_t)(d->used_idx + 0x8000), __ATOMIC_RELAXED);
-}
-
 static int drive(struct driver *d, uint64_t start)
 {
     const struct vhost_load_config *c = d->config;
-    bool spin = c->flags & VHOST_LOAD_POLL, event_idx = c->flags & VHOST_LOAD_EVENT_IDX;
+    bool spin = c->flags & VHOST_LOAD_POLL;
     uint64_t wanted = c->requests ? c->requests : UINT64_MAX;
     uint64_t end = c->duration_ns ? start + c->duration_ns : UINT64_MAX;
     uint64_t now = start;
     int err = 0;
 
-    d->avail[0] = spin && !event_idx ? VRING_AVAIL_F_NO_INTERRUPT : 0;
     while (!err) {
-        uint16_t before = d->avail_idx;
         if (now < end) {
             while (d->idle_count && d->sent < wanted)
                 send(d, now);
         }
-        if (d->avail_idx != before)
-            publish(d, before);
+        if (d->ring.avail_idx != d->ring.published)
+            driver_ring_publish(&d->ring);
         if (d->idle_count == c->depth)
             break;
-        if (spin && event_idx)
-            push_event_away(d);
+        if (spin)
+            driver_ring_disarm(&d->ring);
         err = spin ? wait_spinning(d) : wait_sleeping(d);
         now = now_ns();
         if (!err)
-            err = reap(d, device_used_idx(d), now);
+            err = reap(d, now);
     }
+    d->result->kicks = d->ring.kicks;
     d->result->elapsed_ns = now - start;
     return err;
-}
-
-static uint64_t thread_cpu_ns(void)
-{
-    struct timespec ts;
-
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &ts);
-    return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
-}
-
-static int pin(int cpu)
-{
-    cpu_set_t set;
-
-    if (cpu >= CPU_SETSIZE)
-        return -EINVAL;
-    CPU_ZERO(&set);
-    CPU_SET(cpu, &set);
-    return sched_setaffinity(0, sizeof(set), &set) < 0 ? -errno : 0;
 }
 
 int vhost_driver_run(const struct vhost_load_config *config, struct vhost_load_result *result)
@@ -453,11 +368,11 @@ int vhost_driver_run(const struct vhost_load_config *config, struct vhost_load_r
     *result = (struct vhost_load_result){0};
     int err = driver_open(&d);
     if (!err && config->cpu >= 0)
-        err = sched_getaffinity(0, sizeof(before), &before) < 0 ? -errno : pin(config->cpu);
+        err = sched_getaffinity(0, sizeof(before), &before) < 0 ? -errno : cpu_pin(config->cpu);
     if (!err) {
-        uint64_t cpu = thread_cpu_ns();
+        uint64_t cpu = cpu_time_ns();
         err = drive(&d, now_ns());
-        result->cpu_ns = thread_cpu_ns() - cpu;
+        result->cpu_ns = cpu_time_ns() - cpu;
         if (config->cpu >= 0)
             sched_setaffinity(0, sizeof(before), &before);
     }

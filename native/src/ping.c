@@ -3,10 +3,9 @@
  * sometimes neighbours and sometimes not, and a measurement across them is worth as much as the
  * record of which it was.
  */
+#include "cpu.h"
 #include "internal.h"
-#include <errno.h>
 #include <pthread.h>
-#include <sched.h>
 #include <stdlib.h>
 
 enum { BOUNCES = 1000 };
@@ -17,22 +16,11 @@ struct ping {
     int cpu;
 };
 
-static int pin(int cpu)
-{
-    cpu_set_t set;
-
-    if (cpu < 0 || cpu >= CPU_SETSIZE)
-        return -EINVAL;
-    CPU_ZERO(&set);
-    CPU_SET(cpu, &set);
-    return sched_setaffinity(0, sizeof(set), &set) < 0 ? -errno : 0;
-}
-
 static void *echo(void *arg)
 {
     struct ping *p = arg;
 
-    pin(p->cpu);
+    cpu_pin(p->cpu);
     for (unsigned turn = 1; turn < p->end; turn += 2) {
         while (atomic_load_explicit(&p->turn, memory_order_acquire) != turn)
             cpu_relax();
@@ -75,9 +63,9 @@ int vhost_driver_ping(int cpu_a, int cpu_b, uint32_t rounds, double *round_trip_
         return -errno;
     struct ping p = {.end = 2 * rounds * BOUNCES, .cpu = cpu_b};
     double *time = calloc(rounds, sizeof(*time));
-    int err = time ? pin(cpu_b) : -ENOMEM;
+    int err = time ? cpu_pin(cpu_b) : -ENOMEM;
     if (!err)
-        err = pin(cpu_a);
+        err = cpu_pin(cpu_a);
     if (!err)
         err = -pthread_create(&thread, NULL, echo, &p);
     if (!err) {

@@ -11,6 +11,7 @@ One noun a file, from the host upwards:
     image     disk images: copies of the root file system, blank disks
     agent     commands for the guest over its second serial port
     qmp       QEMU's monitor
+    devices   what is plugged into a machine
     qemu      one virtual machine
     server    one `vdev serve` process
     network   names and addresses that clash with nothing

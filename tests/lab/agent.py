@@ -1,6 +1,8 @@
 """Commands for the guest, over its second serial port.
 
-The other half is ``guest_init.sh``, which also describes the lines that are exchanged.
+The other half is ``guest_init.sh``, which also describes the lines that are exchanged. What runs
+in the guest may write one more kind of line to that port, "event name": for the host to know of
+something when it happens, not when the command has ended.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class Agent:
         self._writer = writer
         self._ids = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Result]] = {}
+        self._events: dict[str, asyncio.Future[None]] = {}
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._read())
 
@@ -58,6 +61,12 @@ class Agent:
         finally:
             del self._pending[number]
 
+    def event(self, name: str) -> asyncio.Future[None]:
+        """Done when something in the guest next writes ``event NAME`` to the port."""
+        event: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._events[name] = event
+        return event
+
     async def close(self) -> None:
         """Give up the port; commands that are under way fail."""
         self._task.cancel()
@@ -73,14 +82,19 @@ class Agent:
         except OSError:
             pass
         finally:
-            _fail(self._ready)
-            for answer in self._pending.values():
-                _fail(answer)
+            waiting: list[asyncio.Future[Any]] = [self._ready]
+            for future in [*waiting, *self._pending.values(), *self._events.values()]:
+                _fail(future)
 
     def _take(self, words: list[str]) -> None:
         if words == ["ready"]:
             if not self._ready.done():
                 self._ready.set_result(None)
+            return
+        if words[0] == "event":
+            event = self._events.pop(words[1], None)
+            if event and not event.done():
+                event.set_result(None)
             return
         number, code, *output = words
         answer = self._pending.get(int(number))

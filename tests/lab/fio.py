@@ -1,30 +1,12 @@
-"""fio in the guest: command lines, and what its JSON says."""
+"""fio in the guest: its command lines."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
-from typing import Any
+from perf.fio_output import FioResult, parse
 
 from .qemu import Guest
 
-
-@dataclass(frozen=True)
-class FioResult:
-    """What one job came to, reads and writes together."""
-
-    iops: float
-    bytes_per_second: float
-    latency_mean_us: float
-    latency_p99_us: float
-    read_bytes: int
-    written_bytes: int
-    errors: int
-
-    def as_json(self) -> dict[str, Any]:
-        """The figures by name."""
-        return asdict(self)
-
+__all__ = ["FioResult", "random", "verify"]
 
 _COMMON = "--direct=1 --ioengine=libaio --iodepth=32 --group_reporting --output-format=json"
 
@@ -48,26 +30,6 @@ async def random(guest: Guest, device: str, *, rw: str, seconds: int, mib: int) 
 
 
 async def _run(guest: Guest, command: str) -> FioResult:
+    """Raises FioOutputError, a ValueError."""
     result = await guest.run(command, check=False)
-    # Messages of fio's come before the JSON.
-    start = result.output.find("{")
-    if start < 0:
-        raise ValueError(f"fio wrote no JSON (exit code {result.code}): {result.output}")
-    (job,) = json.loads(result.output[start:])["jobs"]
-    return parse(job, result.code)
-
-
-def parse(job: dict[str, Any], code: int) -> FioResult:
-    """The figures of a job; the speed and latency of a verify job are those of its writes."""
-    read, write = job["read"], job["write"]
-    main = write if write["total_ios"] else read
-    percentiles = main["clat_ns"].get("percentile", {})
-    return FioResult(
-        iops=main["iops"],
-        bytes_per_second=main["bw_bytes"],
-        latency_mean_us=main["lat_ns"]["mean"] / 1000,
-        latency_p99_us=percentiles.get("99.000000", 0) / 1000,
-        read_bytes=read["io_bytes"],
-        written_bytes=write["io_bytes"],
-        errors=job["total_err"] if "total_err" in job else int(bool(job["error"] or code)),
-    )
+    return parse(result.output, result.code)

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from . import host, image, initrd, kernel, network, rootfs
+from .devices import Disk, Nic
 from .network import Network
-from .qemu import Disk, Guest, Machine, Nic, booted
+from .qemu import Guest, Machine, booted
 from .server import BlkDevice, NetDevice, Server, serving
 
 

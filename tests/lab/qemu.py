@@ -1,4 +1,4 @@
-"""One virtual machine: QEMU with shared memory, whose devices are vhost-user sockets.
+"""One virtual machine: QEMU with shared memory, so that other processes can serve its devices.
 
 The console, the agent's port and the monitor are sockets or files that exist before QEMU does,
 so that there is nothing to wait for by polling.
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from . import host
 from .agent import Agent, AgentClosed, Result
+from .devices import Device
 from .process import Process, running, tail
 from .qmp import Qmp, QmpError
 
@@ -29,44 +30,25 @@ class GuestError(Exception):
 
 
 @dataclass(frozen=True)
-class Disk:
-    """A vhost-user-blk device of the machine."""
-
-    socket: Path
-    queues: int = 1
-    options: str = ""
-
-
-@dataclass(frozen=True)
-class Nic:
-    """A vhost-user-net device of the machine."""
-
-    socket: Path
-    mac: str
-    queues: int = 1
-    mtu: int | None = None
-    options: str = ""
-
-
-@dataclass(frozen=True)
 class Machine:
     """All that QEMU is told."""
 
     kernel: Path
     initrd: Path
-    disks: Sequence[Disk]
-    nics: Sequence[Nic] = ()
+    disks: Sequence[Device]
+    nics: Sequence[Device] = ()
     cpus: int = 2
     memory_mib: int = 512
     cmdline: str = ""
     arguments: Sequence[str] = ()
+    program: Sequence[str] = ("qemu-system-x86_64",)
 
     def command(self, console: Path, agent_fd: int, monitor_fd: int) -> list[str]:
         """The command line."""
         accelerator = host.accelerator()
         kvm = accelerator == "kvm"
         command = [
-            "qemu-system-x86_64",
+            *self.program,
             *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
             *("-machine", "q35,memory-backend=ram,usb=off,smbus=off,sata=off,hpet=off"),
             *("-accel", "kvm" if kvm else "tcg,thread=multi"),
@@ -82,42 +64,14 @@ class Machine:
             *("-mon", "chardev=monitor,mode=control"),
         ]
         for index, disk in enumerate(self.disks):
-            command += _disk(index, disk)
+            command += disk.arguments(index, kvm=kvm)
         for index, nic in enumerate(self.nics):
-            command += _nic(index, nic, kvm)
+            command += nic.arguments(index, kvm=kvm)
         return [*command, *self.arguments]
 
     def _cmdline(self) -> str:
         # A panic ends QEMU (with -no-reboot) instead of leaving a guest that never answers.
         return f"console=ttyS0 loglevel=4 panic=-1 root=/dev/vda {self.cmdline}".strip()
-
-
-def _disk(index: int, disk: Disk) -> list[str]:
-    options = f",{disk.options}" if disk.options else ""
-    return [
-        *("-chardev", f"socket,id=disk{index},path={disk.socket}"),
-        "-device",
-        # Names in the guest follow the slots: the first disk is vda.
-        f"vhost-user-blk-pci,chardev=disk{index},num-queues={disk.queues},"
-        f"addr={0x10 + index:#x}{options}",
-    ]
-
-
-def _nic(index: int, nic: Nic, kvm: bool) -> list[str]:
-    options = "" if nic.queues == 1 else ",mq=on"
-    if nic.mtu is not None:
-        options += f",host_mtu={nic.mtu}"
-    if not kvm:
-        # QEMU 7.2's TCG crashes when a vhost-user-net device with MSI-X starts.
-        options += ",vectors=0"
-    if nic.options:
-        options += f",{nic.options}"
-    return [
-        *("-chardev", f"socket,id=nic{index},path={nic.socket}"),
-        *("-netdev", f"vhost-user,id=net{index},chardev=nic{index},queues={nic.queues}"),
-        "-device",
-        f"virtio-net-pci,netdev=net{index},mac={nic.mac},romfile=,addr={8 + index:#x}{options}",
-    ]
 
 
 class Guest:
@@ -140,6 +94,13 @@ class Guest:
         if check and result.code:
             raise GuestError(f"exit code {result.code} of: {command}\n{result.output}")
         return result
+
+    def event(self, name: str) -> asyncio.Future[None]:
+        """Done when something in the guest next writes ``event NAME`` to the agent's port.
+
+        Fails with AgentClosed when the guest is gone.
+        """
+        return self._agent.event(name)
 
     async def shutdown(self) -> None:
         """Bring the file systems to rest and switch the machine off."""

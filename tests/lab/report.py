@@ -12,7 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from .fio import FioResult
+from perf.fio_output import FioResult
+
 from .iperf import IperfResult, PingResult
 
 _HEADINGS = ("IOPS", "MB/s", "Gbit/s", "mean µs", "p99 µs", "verified", "errors")

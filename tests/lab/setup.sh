@@ -29,7 +29,7 @@ packages=(
     ca-certificates git make gcc libc6-dev pkg-config liburing-dev
     qemu-system-x86 qemu-system-common qemu-utils
     fio iperf3 mmdebstrap busybox-static cpio kmod e2fsprogs mount util-linux
-    iproute2 iputils-ping ethtool shellcheck
+    iproute2 iputils-ping ethtool shellcheck valgrind
 )
 python=$(command -v python3 || true)
 if [ -z "$python" ]; then

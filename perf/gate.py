@@ -1,0 +1,138 @@
+"""``make perf-gate``: the short set against what is stored in perf/baseline.json.
+
+Ratios to a peer that was measured side by side carry from machine to machine where absolute
+figures do not; they are stored for each distance of the cores. Instructions a request of the ring
+code carry between machines with an equal toolchain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from perf.comparison import Change, noise_of
+from perf.errors import PerfError
+from perf.instructions import Instructions, Toolchain
+from perf.model import Suite, Workload
+from perf.results import Row, Run
+from perf.stats import Estimate
+from perf.suites import all_suites
+
+BASELINE = Path(__file__).with_name("baseline.json")
+RATIO_THRESHOLD = 0.15
+INSTRUCTION_THRESHOLD = 0.01
+SECONDS = 0.5
+SERVERS = 2
+"""Of each workload: the base and its first peer, which keeps the whole under five minutes."""
+
+
+@dataclass(frozen=True)
+class StoredRatio:
+    """The base's ratio to a peer in a metric, with the cores at this distance."""
+
+    workload: str
+    metric: str
+    peer: str
+    placement: str
+    ratio: float
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        return (self.workload, self.metric, self.peer, self.placement)
+
+
+@dataclass
+class Baseline:
+    """What is stored; `instructions`: a request, by scenario, with this toolchain."""
+
+    ratios: list[StoredRatio] = field(default_factory=list)
+    toolchain: Toolchain | None = None
+    instructions: dict[str, float] = field(default_factory=dict)
+
+
+_BASELINE: TypeAdapter[Baseline] = TypeAdapter(Baseline)
+
+
+def read(path: Path) -> Baseline:
+    """Reads a baseline. Raises PerfError when the file holds none."""
+    try:
+        return _BASELINE.validate_json(path.read_bytes())
+    except OSError as error:
+        raise PerfError(f"{path}: {error.strerror}; make one with gate --update") from None
+    except ValidationError as error:
+        raise PerfError(f"{path} is no baseline: {error.errors()[0]['msg']}") from None
+
+
+def write(baseline: Baseline, path: Path) -> None:
+    """Writes a baseline, sorted, so that its changes can be read."""
+    baseline.ratios.sort(key=lambda stored: stored.key)
+    path.write_bytes(_BASELINE.dump_json(baseline, indent=1) + b"\n")
+
+
+def plan() -> list[tuple[Suite, list[Workload]]]:
+    """The workloads of the short set, each with its first servers."""
+    return [
+        (suite, short)
+        for suite in all_suites().values()
+        if (
+            short := [
+                replace(workload, servers=workload.servers[:SERVERS])
+                for workload in suite.workloads
+                if workload.gate
+            ]
+        )
+    ]
+
+
+def ratios_of(run: Run) -> Iterable[tuple[Row, StoredRatio, Estimate]]:
+    """Every ratio of the base to a peer that a run holds."""
+    for row in (row for suite in run.suites for row in suite.rows):
+        for peer in row.peers if row.base else ():
+            for metric in row.compared:
+                assert row.base
+                found = row.ratio(row.base, peer, metric)
+                if found:
+                    name = row.workload
+                    stored = StoredRatio(name, metric, peer.name, row.placement, found.value)
+                    yield row, stored, found
+
+
+def changes(baseline: Baseline, run: Run) -> tuple[list[Change], list[str]]:
+    """The ratios against the stored ones, and what could not be compared."""
+    known = {stored.key: stored.ratio for stored in baseline.ratios}
+    compared, left = [], []
+    for row, now, found in ratios_of(run):
+        what = f"{row.servers[0].name} / {now.peer}"
+        past = known.get(now.key)
+        if not past:
+            left.append(f"{now.workload}, {now.metric}, {what}: no baseline for {now.placement}")
+            continue
+        noise = noise_of(row, now.metric, found)
+        change = Estimate(found.value / past, found.low / past, found.high / past, found.count)
+        compared.append(Change(now.workload, now.metric, what, now.placement, change, noise))
+    return compared, left
+
+
+def instruction_changes(baseline: Baseline, counted: Instructions) -> tuple[list[str], list[str]]:
+    """The scenarios that cost more than stored, and what could not be compared."""
+    if baseline.toolchain != counted.toolchain:
+        stored = baseline.toolchain.compiler if baseline.toolchain else "none"
+        return [], [f"instructions: counted with {counted.toolchain.compiler}, baseline {stored}"]
+    worse, left = [], []
+    for scenario, now in counted.per_request.items():
+        past = baseline.instructions.get(scenario)
+        if past is None:
+            left.append(f"instructions of {scenario}: no baseline")
+        elif now > past * (1 + INSTRUCTION_THRESHOLD):
+            worse.append(f"{scenario}: {now:.1f} instructions a request, baseline {past:.1f}")
+    return worse, left
+
+
+def update(baseline: Baseline, run: Run, counted: Instructions) -> Baseline:
+    """The baseline with what is known now; ratios at the other distance stay."""
+    ratios = {stored.key: stored for stored in baseline.ratios}
+    ratios |= {stored.key: stored for _, stored, _ in ratios_of(run)}
+    return Baseline(list(ratios.values()), counted.toolchain, dict(counted.per_request))

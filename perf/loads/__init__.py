@@ -1,0 +1,1 @@
+"""The load generators: how a client is attached to a server and what it does to it."""

@@ -1,0 +1,97 @@
+"""Block load by the native driver: what a guest's virtio-blk driver does, without the guest."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from perf import images
+from perf.frontend.blk import BlkFrontend, Pattern
+from perf.frontend.connection import RING_FEATURES, by_floor, percentile
+from perf.images import Image
+from perf.model import Disk, Place, Sample, Server, Target
+from perf.process import Started
+from perf.serving import serving
+
+WARM_UP_SECONDS = 0.15
+
+
+class BlkTarget:
+    """A server, and the native driver on its first queue."""
+
+    def __init__(
+        self, server: Started, frontend: BlkFrontend, pattern: Pattern, place: Place
+    ) -> None:
+        self._server = server
+        self._frontend = frontend
+        self._pattern = pattern
+        self._place = place
+        self.go_on = server.go_on
+        self.rest = server.rest
+        self.alive = server.end
+        self.log_tail = server.log_tail
+
+    def measure(self, seconds: float) -> Sample:
+        run, cpu = self._frontend.run, self._place.client_cpu
+        began = self._server.cpu_seconds()
+        warm_up = run(self._pattern, seconds=WARM_UP_SECONDS, cpu=cpu)
+        start = self._server.cpu_seconds()
+        outcome = run(self._pattern, seconds=seconds, cpu=cpu)
+        end = self._server.cpu_seconds()
+        requests = outcome.requests
+        return Sample(
+            operations=requests,
+            seconds=outcome.seconds,
+            metrics={
+                "iops": requests / outcome.seconds,
+                "bytes_per_second": outcome.bytes / outcome.seconds,
+                "latency_p50_us": percentile(outcome.latency, 0.5),
+                "latency_p99_us": percentile(outcome.latency, 0.99),
+                "latency_p999_us": percentile(outcome.latency, 0.999),
+                "server_cpu_us": (end - start) * 1e6 / requests,
+                "client_cpu_us": outcome.driver_cpu_seconds * 1e6 / requests,
+            },
+            own_cpu_seconds=end - began,
+            errors=outcome.errors + warm_up.errors,
+            corrupt=outcome.corrupt + warm_up.corrupt,
+            latency=by_floor(outcome.latency),
+        )
+
+
+def disk_of(image: Image, place: Place, *, queues: int = 1, number: int = 0) -> Disk:
+    """The image as a disk at a socket of the place's directory."""
+    socket = place.directory / f"disk{number}"
+    return Disk(socket, image.size, image.file, direct=image.direct, queues=queues)
+
+
+@contextlib.contextmanager
+def served_disk(server: Server, image: Image, place: Place) -> Iterator[tuple[Started, Disk]]:
+    """The server with this image as its only disk."""
+    disk = disk_of(image, place)
+    launch = server.blk([disk], place.directory)
+    with serving(server.name, launch, [disk.socket], place) as started:
+        yield started, disk
+
+
+@dataclass(frozen=True)
+class NativeBlk:
+    """The native driver with this pattern on an image of this kind (perf/images.py)."""
+
+    image: str
+    pattern: Pattern
+    features: int = RING_FEATURES
+
+    @contextlib.contextmanager
+    def attach(self, server: Server, place: Place) -> Iterator[Target]:
+        with (
+            images.opened(self.image, blank=self.pattern.verify) as image,
+            served_disk(server, image, place) as (started, disk),
+            BlkFrontend(
+                disk.socket,
+                depth=self.pattern.depth,
+                block_size=self.pattern.block_size,
+                features=self.features,
+            ) as frontend,
+        ):
+            yield BlkTarget(started, frontend, self.pattern, place)

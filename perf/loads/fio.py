@@ -1,0 +1,95 @@
+"""Block load by fio's libblkio engine, which speaks vhost-user without a guest."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from perf import images
+from perf.fio_output import FioOutputError, parse
+from perf.loads.blk import served_disk
+from perf.loads.command import run
+from perf.model import Place, Sample, Server, Target, Unsupported
+from perf.process import Started
+from perf.tools import find_tool
+
+JOBS = Path(__file__).resolve().parents[1] / "fio"
+ENGINE = "libblkio"
+RAMP_SECONDS = 0.2  # of the job file
+
+
+@cache
+def _engines(fio: str) -> str:
+    done = subprocess.run([fio, "--enghelp"], capture_output=True, text=True, check=False)
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class FioBlk:
+    """A job file of perf/fio with these variables, on an image of this kind."""
+
+    image: str
+    job: str
+    variables: Mapping[str, str]
+
+    @contextlib.contextmanager
+    def attach(self, server: Server, place: Place) -> Iterator[Target]:
+        fio = find_tool("fio")
+        if ENGINE not in _engines(fio):
+            raise Unsupported(
+                "this fio was built without libblkio, as Debian's is: build one, --tool fio=PATH"
+            )
+        with (
+            images.opened(self.image) as image,
+            served_disk(server, image, place) as (started, disk),
+        ):
+            variables = {**self.variables, "SOCKET": str(disk.socket)}
+            yield _FioTarget(started, [fio, str(JOBS / self.job)], variables, place)
+
+
+class _FioTarget:
+    """A server, and a fio that connects to it anew for each window."""
+
+    def __init__(
+        self, server: Started, command: list[str], variables: Mapping[str, str], place: Place
+    ) -> None:
+        self._server = server
+        self._command = command
+        self._variables = variables
+        self._place = place
+        self.go_on = server.go_on
+        self.rest = server.rest
+        self.alive = server.end
+        self.log_tail = server.log_tail
+
+    def measure(self, seconds: float) -> Sample:
+        used = self._server.cpu_seconds()
+        done = run(
+            [*self._command, "--output-format=json+"],
+            cpu=self._place.client_cpu,
+            environment={**self._variables, "SECONDS": f"{max(1, round(seconds))}"},
+            seconds=seconds + RAMP_SECONDS,
+        )
+        used = self._server.cpu_seconds() - used
+        try:
+            job = parse(done.output)
+        except FioOutputError as error:
+            raise OSError(f"fio (exit code {done.code}): {error}") from None
+        # The server also works while fio ramps up, so its time is that of all that it served.
+        share = job.seconds / (job.seconds + RAMP_SECONDS)
+        return Sample(
+            operations=job.operations,
+            seconds=done.seconds,
+            metrics={
+                **job.metrics,
+                "server_cpu_us": used * share * 1e6 / job.operations,
+                "client_cpu_us": done.cpu_seconds * share * 1e6 / job.operations,
+            },
+            own_cpu_seconds=used + done.cpu_seconds,
+            errors=job.errors,
+            latency=job.latency,
+        )

@@ -1,0 +1,42 @@
+"""cloud-hypervisor's back-ends, by path: ``--tool vhost_user_block=…``. Built from source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from perf.model import Disk, Launch, Server, Unsupported
+from perf.tools import find_tool, version_of
+
+PROGRAM = "vhost_user_block"
+
+
+@dataclass
+class VhostUserBlock(Server):
+    """`poll`: poll the queue for a while before sleeping."""
+
+    name: str
+    poll: bool = True
+    command: Sequence[str] = ()
+
+    def with_command(self, name: str, command: Sequence[str]) -> Server:
+        return VhostUserBlock(name, self.poll, tuple(command))
+
+    def version(self) -> str:
+        return "" if self.command else version_of(PROGRAM)
+
+    def blk(self, disks: Sequence[Disk], directory: Path) -> Launch:
+        program = [*(self.command or [find_tool(PROGRAM)])]
+        if len(disks) != 1 or disks[0].file is None:
+            raise Unsupported(f"{self.name} serves one file a process")
+        disk = disks[0]
+        direct, poll = str(disk.direct).lower(), str(self.poll).lower()
+        backend = (
+            f"path={disk.file},socket={disk.socket},num_queues={disk.queues},queue_size=1024,"
+            f"direct={direct},poll_queue={poll}"
+        )
+        return Launch([*program, "--block-backend", backend])
+
+
+SERVERS = [VhostUserBlock("ch-block"), VhostUserBlock("ch-block-no-poll", poll=False)]

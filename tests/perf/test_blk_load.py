@@ -1,0 +1,70 @@
+"""The block front-end and the native driver: a real server keeps every byte of a heavy load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from perf import servers
+from perf.frontend.blk import BlkFrontend, Pattern
+from perf.model import Disk, Place
+from perf.serving import serving
+from vdev._native import lib
+
+SIZE = 8 << 20
+RINGS = {
+    "plain": 0,
+    "event_idx": 1 << lib.VIRTIO_F_EVENT_IDX,
+    "indirect": 1 << lib.VIRTIO_F_INDIRECT_DESC,
+    "both": 1 << lib.VIRTIO_F_EVENT_IDX | 1 << lib.VIRTIO_F_INDIRECT_DESC,
+}
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The socket of vdev, as installed, with a disk of two queues in a file."""
+    place = Place(0, 1, tmp_path_factory.mktemp("disk"))
+    file = place.directory / "image"
+    file.write_bytes(bytes(SIZE))
+    wanted = Disk(place.directory / "socket", SIZE, file, queues=2)
+    launch = servers.find("vdev").blk([wanted], place.directory)
+    with serving("vdev", launch, [wanted.socket], place, pinned=False):
+        yield wanted.socket
+
+
+@pytest.mark.parametrize("poll", [False, True], ids=["sleeping", "polling"])
+@pytest.mark.parametrize("ring", RINGS)
+def test_every_byte_is_kept(disk: Path, ring: str, poll: bool) -> None:
+    with BlkFrontend(disk, depth=32, block_size=4096, features=RINGS[ring]) as frontend:
+        assert frontend.capacity == SIZE
+        written = Pattern(write_percent=40, verify=True, poll=poll)
+        outcome = frontend.run(written, requests=4000)
+        assert (outcome.requests, outcome.errors, outcome.corrupt) == (4000, 0, 0)
+        again = Pattern(random=False, verify=True, poll=poll)
+        outcome = frontend.run(again, requests=SIZE // 4096)
+        assert (outcome.errors, outcome.corrupt) == (0, 0)
+
+
+@pytest.mark.parametrize("depth", [1, 256])
+def test_any_depth_finds_room(disk: Path, depth: int) -> None:
+    with BlkFrontend(disk, depth=depth, block_size=8192, features=0) as frontend:
+        pattern = Pattern(depth=depth, block_size=8192, write_percent=50, verify=True, poll=False)
+        outcome = frontend.run(pattern, requests=1000)
+        assert (outcome.requests, outcome.errors, outcome.corrupt) == (1000, 0, 0)
+
+
+def test_each_queue_carries_its_own_load(disk: Path) -> None:
+    with BlkFrontend(disk, depth=4, block_size=4096, queues=2) as frontend:
+        for queue in (1, 0, 1):
+            pattern = Pattern(depth=4, write_percent=50, verify=True)
+            assert frontend.run(pattern, requests=500, queue=queue).corrupt == 0
+
+
+def test_front_ends_follow_one_another_over_the_same_data(disk: Path) -> None:
+    for seed in range(10):
+        with BlkFrontend(disk, depth=32, block_size=4096) as frontend:
+            pattern = Pattern(write_percent=50, verify=True, seed=seed, poll=False)
+            outcome = frontend.run(pattern, requests=200)
+            assert (outcome.errors, outcome.corrupt) == (0, 0)
