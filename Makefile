@@ -4,23 +4,26 @@ PYTHON := .venv/bin/python
 # Taps, bridges and the guest's root file system need root; -E keeps XDG_CACHE_HOME, CI, proxies.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
 
-.PHONY: demo test perf perf-gate setup clean clean-cache
+.PHONY: demo test perf perf-gate setup setup-peers clean clean-cache
 
 demo: setup
 	@$(SUDO) $(PYTHON) -m tests.lab.demo $(DEMO_ARGS)
 
-test: setup
+test: setup-peers
 	@$(SUDO) $(PYTHON) -m pytest $(if $(TESTS),$(TESTS),tests) $(PYTEST_ARGS)
 
 # make perf PERF_ARGS="blk --only tmpfs --server vdev --server qsd"; see docs/performance.md
-perf: setup
+perf: setup-peers
 	@$(SUDO) $(PYTHON) -m perf run $(PERF_ARGS)
 
-perf-gate: setup
+perf-gate: setup-peers
 	@$(SUDO) $(PYTHON) -m perf gate $(PERF_ARGS)
 
 setup:
 	@tests/lab/setup.sh
+
+setup-peers:
+	@tests/lab/setup.sh peers
 
 clean:
 	$(SUDO) rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

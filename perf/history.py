@@ -12,8 +12,6 @@ from pydantic import Field, TypeAdapter, ValidationError
 from perf.report.digest import RunDigest, digest
 from perf.results import ResultsError, Run
 
-HISTORY = Path(__file__).with_name("history.jsonl")
-
 Ratio = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 

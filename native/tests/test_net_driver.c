@@ -151,6 +151,21 @@ static void the_rest_of_a_frame_is_waited_for(void)
     wire_close(&wire);
 }
 
+/* The device keeps the heads of all slots until the driver has nothing else to wait for. */
+static void slots_are_waited_for(void)
+{
+    for (uint32_t poll = 0; poll <= VHOST_PACKET_POLL; poll += VHOST_PACKET_POLL) {
+        wire_open(&wire, &(struct wire_setup){.features = poll ? 0 : EVENT_IDX, .size = 16});
+        struct vhost_packet_config load = load_of(&wire, poll);
+        load.depth = 0;
+        load.packets = 1000;
+        wire.faults = (struct faults){.hoard = 16, .hoard_end = 1000};
+        CHECK_EQ(run(&load), 0);
+        check_perfect(&load);
+        wire_close(&wire);
+    }
+}
+
 /* ---- what is refused ---- */
 
 static void a_wrong_port_is_refused(void)
@@ -326,6 +341,7 @@ static const struct test tests[] = {
     TEST(a_run_ends_after_its_time),
     TEST(frames_in_pieces_are_put_together),
     TEST(the_rest_of_a_frame_is_waited_for),
+    TEST(slots_are_waited_for),
     TEST(a_wrong_port_is_refused),
     TEST(a_wrong_run_is_refused),
     TEST(a_port_must_fit_the_run),

@@ -21,7 +21,7 @@ enum {
     WIRE_ROUND = 32,         /* frames in one direction before the other has its turn */
 };
 
-/* What a device must not do; it does it with the first frame. */
+/* What a device must not do; it does it with the second frame. */
 enum lie {
     HONEST,
     RX_ID_RANGE,
@@ -44,6 +44,8 @@ struct faults {
     uint32_t corrupt_at; /* this byte, virtio-net header included, or the last */
     uint32_t part;       /* all frames: buffers are filled to so many bytes; 0 = whole */
     bool dribble;        /* all frames: the first buffer is used before the others */
+    uint32_t hoard;      /* all frames: their heads are returned so many at once, or with this... */
+    uint32_t hoard_end;  /* ...frame; with EVENT_IDX, when the driver asks for it in its sleep */
     enum lie lie;
 };
 
@@ -134,8 +136,8 @@ static inline void wire_want_kick(struct device_ring *r, bool wanted)
 /* Waits until the driver sleeps: with EVENT_IDX it says then how far it has looked. */
 static inline void wire_await_sleep(struct wire *w, struct device_ring *r)
 {
-    wire_publish(w, r);
-    while (__atomic_load_n(driver_used_event(r->d), __ATOMIC_RELAXED) != r->used_idx)
+    while (__atomic_load_n(driver_used_event(r->d), __ATOMIC_RELAXED) != r->published &&
+           !w->stopping)
         sched_yield();
 }
 
@@ -155,8 +157,10 @@ static inline uint32_t wire_room(const struct wire *w, const struct wire_port *t
 
 static inline void push_or_lie(struct device_ring *r, enum lie lie, uint16_t head, uint32_t len)
 {
-    if (lie == RX_ID_TWICE || lie == TX_ID_TWICE)
+    if (lie == RX_ID_TWICE)
         wire_push(r, head, len);
+    if (lie == TX_ID_TWICE)
+        head = (uint16_t)r->d->used_ring[(r->used_idx - 1) & (r->d->size - 1)].id;
     if (lie == RX_INDEX || lie == TX_INDEX)
         r->used_idx = (uint16_t)(r->used_idx + r->d->size);
     wire_push(r, lie == RX_ID_RANGE || lie == TX_ID_RANGE ? r->d->size : head,
@@ -166,7 +170,7 @@ static inline void push_or_lie(struct device_ring *r, enum lie lie, uint16_t hea
 /* Into as many buffers as it takes, which must be there. */
 static inline void deliver(struct wire *w, struct wire_port *to, const char *frame, uint32_t len)
 {
-    enum lie lie = to->delivered++ ? HONEST : w->faults.lie;
+    enum lie lie = ++to->delivered == 2 ? w->faults.lie : HONEST;
     uint32_t room = wire_room(w, to);
     uint16_t n = (uint16_t)((len + room - 1) / room);
 
@@ -182,8 +186,10 @@ static inline void deliver(struct wire *w, struct wire_port *to, const char *fra
         if (at == 0)
             memcpy(buffer + offsetof(struct virtio_net_hdr, num_buffers), &n, sizeof(n));
         push_or_lie(&to->rx, lie < TX_ID_RANGE ? lie : HONEST, head, part);
-        if (w->faults.dribble && at == 0 && n > 1)
+        if (w->faults.dribble && at == 0 && n > 1) {
+            wire_publish(w, &to->rx);
             wire_await_sleep(w, &to->rx);
+        }
     }
 }
 
@@ -239,6 +245,17 @@ static inline bool can_forward(const struct wire *w, const struct wire_port *fro
     return wire_waiting(&to->rx) >= n + more;
 }
 
+static inline void return_heads(struct wire *w, struct wire_port *from)
+{
+    uint16_t n = (uint16_t)(from->tx.used_idx - from->tx.published);
+
+    if (n == 0 || (n < w->faults.hoard && from->sent != w->faults.hoard_end))
+        return;
+    if (w->faults.hoard && from->tx.d->features & EVENT_IDX)
+        wire_await_sleep(w, &from->tx);
+    wire_publish(w, &from->tx);
+}
+
 static inline bool forward(struct wire *w, struct wire_port *from, struct wire_port *to)
 {
     bool any = false;
@@ -248,7 +265,7 @@ static inline bool forward(struct wire *w, struct wire_port *from, struct wire_p
     for (int i = 0; i < WIRE_ROUND && can_forward(w, from, to); i++, any = true) {
         uint16_t head = wire_head(&from->tx);
         uint32_t len = from->tx.d->desc[head].len;
-        enum lie lie = from->sent++ ? HONEST : w->faults.lie;
+        enum lie lie = ++from->sent == 2 ? w->faults.lie : HONEST;
         CHECK_EQ(from->tx.d->desc[head].flags, 0);
         CHECK(len <= WIRE_FRAME_MAX);
         memcpy(w->frame, guest_at(&w->guest, from->tx.d->desc[head].addr), len);
@@ -257,9 +274,9 @@ static inline bool forward(struct wire *w, struct wire_port *from, struct wire_p
         w->bad_headers += memcmp(w->frame, from->header, from->header_len) != 0;
         forward_frame(w, from, to, len);
     }
-    wire_publish(w, &from->tx);
     wire_publish(w, &to->rx);
     wire_publish(w, &from->rx);
+    return_heads(w, from);
     return any;
 }
 
@@ -335,6 +352,7 @@ struct wire_setup {
     uint64_t features; /* EVENT_IDX */
     bool mergeable;
     bool echo;
+    bool alike;    /* the headers of both ports are equally long */
     uint16_t size; /* of each ring; 0 = 256 */
     uint16_t next_index;
     uint32_t buffer; /* bytes of a receive buffer; 0 = 1526, or where not mergeable any frame */
@@ -391,7 +409,7 @@ static inline void wire_open(struct wire *w, const struct wire_setup *s)
             p->ring[r] = driver_new(&w->guest, 2 * i + r, size, s->features, s->next_index);
         p->rx = (struct device_ring){&p->ring[0], s->next_index, s->next_index, s->next_index};
         p->tx = (struct device_ring){&p->ring[1], s->next_index, s->next_index, s->next_index};
-        p->header_len = WIRE_HEADER + (i ? 42 : 14);
+        p->header_len = WIRE_HEADER + (i && !s->alike ? 42 : 14);
         memset(p->header, (int)(0x11 * (i + 1)), p->header_len);
         memset(p->header + offsetof(struct virtio_net_hdr, num_buffers), 0, sizeof(uint16_t));
         struct vhost_packet_port_config config = wire_config(w, s, i);

@@ -20,6 +20,7 @@ from tests.lab.qemu import Guest, GuestError
 from tests.lab.qmp import QmpError
 
 MONITOR_SECONDS = 10.0
+ANSWER_SECONDS = 5.0
 START_SECONDS = 20.0
 """Beyond a window's own length: programs start slowly in an emulated guest."""
 
@@ -86,13 +87,24 @@ class GuestTarget:
                 raise OSError(f"the server {end.result()}")
             return work.result()
         except TimeoutError:
-            raise TimeoutError(f"the guest did not finish a window of {seconds:g} s") from None
+            answers = "answers" if await self._guest_answers() else "does not answer either"
+            raise TimeoutError(
+                f"a window of {seconds:g} s did not end in time; the guest's shell {answers}"
+            ) from None
         except (ValueError, GuestError) as error:
             raise OSError(str(error)) from error
         finally:
             work.cancel()
             end.cancel()
             await asyncio.gather(work, end, return_exceptions=True)
+
+    async def _guest_answers(self) -> bool:
+        """Whether it is the device that hangs, or all of the guest."""
+        try:
+            await self._guest.run("true", limit=ANSWER_SECONDS)
+        except GuestError:
+            return False
+        return True
 
     def alive(self) -> str | None:
         return self.backend.ended()

@@ -11,21 +11,30 @@ from pathlib import Path
 
 from perf import images
 from perf.fio_output import FioOutputError, parse
+from perf.frontend.connection import Connection
 from perf.loads.blk import served_disk
 from perf.loads.command import run
 from perf.model import Place, Sample, Server, Target, Unsupported
 from perf.process import Started
 from perf.tools import find_tool
+from vdev._native import lib
 
 JOBS = Path(__file__).resolve().parents[1] / "fio"
 ENGINE = "libblkio"
-RAMP_SECONDS = 0.2  # of the job file
 
 
 @cache
 def _engines(fio: str) -> str:
     done = subprocess.run([fio, "--enghelp"], capture_output=True, text=True, check=False)
     return done.stdout
+
+
+def check_serves_libblkio(server: Server, socket: Path) -> None:
+    """Raises Unsupported where libblkio would not connect."""
+    needed = lib.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
+    with Connection(socket) as connection:
+        if not connection.get_u64(lib.VHOST_USER_GET_PROTOCOL_FEATURES) >> needed & 1:
+            raise Unsupported(f"{server.name} has no memory slots, which libblkio needs")
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,7 @@ class FioBlk:
             images.opened(self.image) as image,
             served_disk(server, image, place) as (started, disk),
         ):
+            check_serves_libblkio(server, disk.socket)
             variables = {**self.variables, "SOCKET": str(disk.socket)}
             yield _FioTarget(started, [fio, str(JOBS / self.job)], variables, place)
 
@@ -71,23 +81,21 @@ class _FioTarget:
         done = run(
             [*self._command, "--output-format=json+"],
             cpu=self._place.client_cpu,
-            environment={**self._variables, "SECONDS": f"{max(1, round(seconds))}"},
-            seconds=seconds + RAMP_SECONDS,
+            environment={**self._variables, "SECONDS": f"{round(seconds * 1000)}ms"},
+            seconds=seconds,
         )
         used = self._server.cpu_seconds() - used
         try:
-            job = parse(done.output)
+            job = parse(done.output, done.code)
         except FioOutputError as error:
             raise OSError(f"fio (exit code {done.code}): {error}") from None
-        # The server also works while fio ramps up, so its time is that of all that it served.
-        share = job.seconds / (job.seconds + RAMP_SECONDS)
         return Sample(
             operations=job.operations,
             seconds=done.seconds,
             metrics={
                 **job.metrics,
-                "server_cpu_us": used * share * 1e6 / job.operations,
-                "client_cpu_us": done.cpu_seconds * share * 1e6 / job.operations,
+                "server_cpu_us": used * 1e6 / job.operations,
+                "client_cpu_us": done.cpu_seconds * 1e6 / job.operations,
             },
             own_cpu_seconds=used + done.cpu_seconds,
             errors=job.errors,

@@ -16,6 +16,7 @@ from functools import cache
 from perf import images
 from perf.loads.blk import served_disk
 from perf.loads.command import Finished, run
+from perf.loads.fio import check_serves_libblkio
 from perf.model import Disk, Place, Sample, Server, Target, Unsupported
 from perf.process import Started
 from perf.tools import find_tool
@@ -56,6 +57,7 @@ class QemuImgBench:
             images.opened(self.image) as image,
             served_disk(server, image, place) as (started, disk),
         ):
+            check_serves_libblkio(server, disk.socket)
             yield _BenchTarget(started, qemu_img, self, disk, place)
 
 

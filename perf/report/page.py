@@ -71,6 +71,8 @@ class _Page:
             "title": f"{base} beside its peers" if self.figures.servers else "No measurements",
             "lead": " · ".join([workloads, view.moment(run.started), f"commit {run.commit[:12]}"]),
             "base": base,
+            "workloads": len(rows),
+            "busy": sum(not row.calm for row in rows if row.counted),
             "theme": self.theme,
             "suites": suites,
             "tallies": view.tallies(self.figures),

@@ -36,6 +36,7 @@ BAR_STEP = 26
 CURVE_HEIGHT = 230
 TREND_HEIGHT = 110
 NAME_WIDTH = 170
+_WIDE = 40  # values that are so many times others need a logarithmic axis
 _NINES_STEPS = 16  # points a decade on a latency curve
 _RATIO_TICKS = (  # by how far apart the ends of the axis are
     (2.2, (0.5, 0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.7, 2)),
@@ -73,7 +74,7 @@ _WORDS = (
 def curve(series: Series, metric: str, theme: Theme) -> Chart:
     """A metric over x, a line for each server, with the interval as a band."""
     scale = scale_of(metric, series.values(metric))
-    records = [
+    records: list[Record] = [
         {"server": server.name, "x": row.row.x[1], **_described(value, scale)}
         for row in series.rows
         for server in row.measured
@@ -97,8 +98,8 @@ def curve(series: Series, metric: str, theme: Theme) -> Chart:
             labelExpr=f"({json.dumps(labels)})[datum.value]",
         ),
     )
-    axis = alt.Axis(title=scale.heading, tickCount=5, titleAngle=0, titleAlign="left", **_ABOVE)
-    y = alt.Y("value:Q", axis=axis, scale=alt.Scale(zero=True))
+    ends = [record[bound] for record in records for bound in ("low", "high")]
+    wide = 0 < _WIDE * min(ends, default=0) < max(ends, default=0)
     colour = _server_colour(theme, names)
     shape = alt.Shape(
         "server:N",
@@ -106,7 +107,10 @@ def curve(series: Series, metric: str, theme: Theme) -> Chart:
         legend=alt.Legend(title=None) if theme.legend else None,
     )
     base = alt.Chart(alt.InlineData(values=tuple(records))).encode(x=x, color=colour)
-    band = base.mark_area(opacity=0.16).encode(y=alt.Y("low:Q", axis=axis), y2="high:Q")
+    band = base.mark_area(opacity=0.16).encode(
+        y=_height("low", scale.heading, ends, log=wide), y2="high:Q"
+    )
+    y = _height("value", scale.heading, ends, log=wide)
     line = base.mark_line(strokeWidth=2.2).encode(y=y)
     dots = base.mark_point(filled=True, size=64, opacity=1).encode(
         y=y, shape=shape, tooltip=[_WORDS[0], alt.Tooltip("x:Q", title=series.over), *_WORDS[1:]]
@@ -114,13 +118,32 @@ def curve(series: Series, metric: str, theme: Theme) -> Chart:
     return alt.layer(band, line, dots).properties(height=CURVE_HEIGHT)
 
 
-# An axis' title over it, where it takes no width.
-_ABOVE: Mapping[str, Any] = {
-    "titleAnchor": "end",
-    "titleX": 0,
-    "titleY": -12,
-    "titleBaseline": "bottom",
-}
+def _height(field: str, title: str, values: Sequence[float], *, log: bool) -> alt.Y:
+    """The y axis, with its title over it, where it takes no width."""
+    axis: Record = {"values": _log_ticks(values), "format": ",~r"} if log else {"tickCount": 5}
+    return alt.Y(
+        f"{field}:Q",
+        scale=alt.Scale(type="log", nice=False) if log else alt.Scale(zero=True),
+        axis=alt.Axis(
+            title=title,
+            titleAngle=0,
+            titleAlign="left",
+            titleAnchor="end",
+            titleBaseline="bottom",
+            titleX=0,
+            titleY=-12,
+            labelOverlap="greedy",
+            **axis,
+        ),
+    )
+
+
+def _log_ticks(values: Sequence[float]) -> list[float]:
+    """1, 2, 5, 10, ... as far as the values go."""
+    low, high = min(values, default=1.0), max(values, default=1.0)
+    decades = range(floor(log10(low)), floor(log10(high)) + 1)
+    ticks = [float(f"{step}e{decade}") for decade in decades for step in (1, 2, 5)]
+    return [tick for tick in ticks if low <= tick <= high]
 
 
 def bars(row: RowDigest, metric: str, theme: Theme) -> Chart:
@@ -172,14 +195,6 @@ def quantiles(latency: Mapping[int, int]) -> list[tuple[float, float]]:
     return found
 
 
-def _log_ticks(values: Sequence[float]) -> list[float]:
-    """1, 2, 5, 10, ... as far as the values go."""
-    low, high = min(values, default=1.0), max(values, default=1.0)
-    decades = range(floor(log10(low)), floor(log10(high)) + 1)
-    ticks = [float(f"{step}e{decade}") for decade in decades for step in (1, 2, 5)]
-    return [tick for tick in ticks if low <= tick <= high]
-
-
 def percentiles(row: RowDigest, theme: Theme) -> Chart:
     """The latency distribution: latency, logarithmic, over the percentile by nines."""
     records: list[Record] = [
@@ -206,19 +221,7 @@ def percentiles(row: RowDigest, theme: Theme) -> Chart:
             " '.' + format(datum.value - 2, 'd') + 'f') + ' %'",
         ),
     )
-    y = alt.Y(
-        "us:Q",
-        scale=alt.Scale(type="log", nice=False),
-        axis=alt.Axis(
-            title="µs",
-            format=",~r",
-            values=_log_ticks([record["us"] for record in records]),
-            labelOverlap="greedy",
-            titleAngle=0,
-            titleAlign="left",
-            **_ABOVE,
-        ),
-    )
+    y = _height("us", "µs", [record["us"] for record in records], log=True)
     base = alt.Chart(alt.InlineData(values=tuple(records))).encode(
         x=x, y=y, color=_server_colour(theme, names)
     )

@@ -161,7 +161,7 @@ def _names(names: Iterable[str], most: int = 2) -> str:
 def _foot(run_digest: RunDigest) -> Iterable[Text]:
     if any(row.comparisons for row in run_digest.rows):
         yield Text(f"{BEST} best peer; green: better, red: worse, beyond interval and noise", "dim")
-    if not all(row.calm for row in run_digest.rows):
+    if not all(row.calm for row in run_digest.rows if row.counted):
         yield Text(
             "busy: others used the cores too; ratios mean something, absolute figures do not", "dim"
         )

@@ -1,7 +1,8 @@
 """SPDK's vhost target, by path: ``--tool vhost=…/build/bin/vhost``. It always polls.
 
-Null disks are its null bdev (which touches no data); files are its AIO or uring bdev. It is built
-from source (no Debian package), and wants hugepages.
+Null disks are its null bdev (which touches no data); files are its AIO or uring bdev, past the page
+cache. On tmpfs io_uring hands requests to kernel threads, which wait there for the core that SPDK
+spins on; AIO has none. It is built from source (no Debian package), and wants hugepages.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perf.images import TMPFS
 from perf.model import Disk, Launch, Server, Unsupported
 from perf.tools import find_tool, version_of
 
@@ -22,10 +24,10 @@ MEMORY_MIB = 512
 
 @dataclass
 class Spdk(Server):
-    """`bdev`: what serves files: "uring" or "aio"; or "malloc", memory of its own instead."""
+    """`bdev`: what serves files: "aio" or "uring"; or "malloc", memory of its own instead."""
 
     name: str
-    bdev: str = "uring"
+    bdev: str = "aio"
     command: Sequence[str] = ()
 
     def with_command(self, name: str, command: Sequence[str]) -> Server:
@@ -35,8 +37,10 @@ class Spdk(Server):
         return "" if self.command else version_of(PROGRAM)
 
     def blk(self, disks: Sequence[Disk], directory: Path) -> Launch:
-        if any(disk.queues > 1 for disk in disks) or len({d.socket.parent for d in disks}) > 1:
+        if len({disk.socket.parent for disk in disks}) > 1:
             raise Unsupported(f"{self.name}: its controllers lie in one directory")
+        if self.bdev != "malloc" and any(_cached(disk) for disk in disks):
+            raise Unsupported(f"{self.name} reads and writes files past the page cache")
         command = [*(self.command or [find_tool(PROGRAM)])]
         methods: list[Mapping[str, Any]] = []
         controllers = []
@@ -48,6 +52,8 @@ class Spdk(Server):
                     "params": {"ctrlr": disk.socket.name, "dev_name": f"disk{index}"},
                 }
             )
+        held = [disk.size for disk in disks if disk.file and self.bdev == "malloc"]
+        memory = MEMORY_MIB + sum(size >> 20 for size in held)
         config = directory / "spdk.json"
         subsystems = [
             {"subsystem": "bdev", "config": methods},
@@ -55,10 +61,13 @@ class Spdk(Server):
         ]
         config.write_text(json.dumps({"subsystems": subsystems}))
         command += ["-S", str(disks[0].socket.parent), "-c", str(config)]
-        command += ["-r", str(directory / "spdk.rpc"), "-s", str(MEMORY_MIB), "-m"]
-        # It pins itself to the cores of its mask; the mask is of those that it may run on.
-        command += ["[{cpu}]"]
-        return Launch(command, hugepages=MEMORY_MIB // 2)
+        command += ["-r", str(directory / "spdk.rpc"), "-s", str(memory), "--no-pci"]
+        # Where no hugetlbfs is mounted, DPDK's memory has to be of memfds.
+        command += ["--env-context", "--in-memory"]
+        # It pins itself to the cores of its mask. Another SPDK may rest on the same core, which
+        # its lock files would not allow.
+        command += ["-m", "[{cpu}]", "--disable-cpumask-locks"]
+        return Launch(command, hugepages=memory // 2)
 
     def _bdev(self, name: str, disk: Disk) -> Mapping[str, Any]:
         blocks = {"block_size": BLOCK_SIZE, "num_blocks": disk.size // BLOCK_SIZE, "name": name}
@@ -70,4 +79,8 @@ class Spdk(Server):
         return {"method": f"bdev_{self.bdev}_create", "params": params}
 
 
-SERVERS = [Spdk("spdk"), Spdk("spdk-aio", "aio"), Spdk("spdk-malloc", "malloc")]
+def _cached(disk: Disk) -> bool:
+    return disk.file is not None and not disk.direct and TMPFS not in disk.file.parents
+
+
+SERVERS = [Spdk("spdk"), Spdk("spdk-uring", "uring"), Spdk("spdk-malloc", "malloc")]

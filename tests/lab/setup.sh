@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Prepares a Debian 12 machine for `make demo` and `make test`: installs the packages that are
-# missing (and only those), creates .venv, builds vdev into it. Repeating it costs about a second.
+# Prepares a Debian 12 machine for `make demo`; with the argument `peers` also for `make test` and
+# `make perf`, which run other servers and valgrind. Installs the packages that are missing (and
+# only those), creates .venv, builds vdev into it. Repeating it costs about a second.
 set -euo pipefail
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -29,8 +30,11 @@ packages=(
     ca-certificates git make gcc libc6-dev pkg-config liburing-dev
     qemu-system-x86 qemu-system-common qemu-utils
     fio iperf3 mmdebstrap busybox-static cpio kmod e2fsprogs mount util-linux
-    iproute2 iputils-ping ethtool shellcheck valgrind
+    iproute2 iputils-ping ethtool shellcheck
 )
+if [ "${1:-}" = peers ]; then
+    packages+=(dpdk-dev valgrind)
+fi
 python=$(command -v python3 || true)
 if [ -z "$python" ]; then
     packages+=(python3 python3-venv python3-dev)

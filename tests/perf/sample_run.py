@@ -267,6 +267,16 @@ def empty_run() -> Run:
     return replace(run, suites=[SuiteResult("blk", "Block devices")], interrupted=True)
 
 
+def one_row(*rows: Row) -> Run:
+    """A run of nothing but these rows."""
+    return replace(sample_run(1, 0), suites=[SuiteResult("one", "One suite", list(rows))])
+
+
+def at_kiops(**kiops: float) -> dict[str, dict[str, float]]:
+    """Servers of a row by what they come to."""
+    return {name: block(value, 10, 1e3 / value) for name, value in kiops.items()}
+
+
 def sample_history(run: Run, commits: int = 9) -> list[Point]:
     """The points of a run as if earlier commits had come to a little less."""
     generator = random.Random(commits)

@@ -62,9 +62,12 @@ def test_job_files_are_there_and_get_all_their_variables() -> None:
 
 @contextlib.contextmanager
 def attached(load: Load, name: str) -> Iterator[Target]:
-    with directory() as place, load.attach(servers.find(name), Place(0, 1, place)) as target:
-        yield target
-    assert not _processes_with(str(place)), "something was left running"
+    with directory() as place:
+        try:
+            with load.attach(servers.find(name), Place(0, 1, place)) as target:
+                yield target
+        finally:
+            assert not _processes_with(str(place)), "something was left running"
 
 
 def _processes_with(text: str) -> list[str]:
@@ -181,6 +184,17 @@ def test_a_server_killed_in_a_window_is_reported_and_nothing_is_left() -> None:
         assert isinstance(target.log_tail(), list)
 
 
+@pytest.mark.usefixtures("guests")
+def test_an_interrupt_in_a_window_leaves_nothing() -> None:
+    def window() -> None:
+        with attached(READ, "qemu-virtio-blk") as target:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            target.measure(60)
+
+    with pytest.raises(KeyboardInterrupt):
+        window()
+
+
 @pytest.mark.usefixtures("networks")
 def test_a_server_that_hangs_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     with attached(NetGuest(partial(Tcp, reverse=True)), "vdev") as target:
@@ -188,7 +202,7 @@ def test_a_server_that_hangs_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr("perf.guest.target.MONITOR_SECONDS", 0.5)
         assert isinstance(target, GuestTarget)
         os.kill(target.backend.pid, signal.SIGSTOP)
-        with pytest.raises(TimeoutError, match="did not finish"):
+        with pytest.raises(TimeoutError, match="did not end in time; the guest's shell answers"):
             target.measure(SECONDS)
         assert target.alive() is None
         target.rest()
