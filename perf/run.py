@@ -21,14 +21,16 @@ from perf.results import Failure, Row, ServerResult, Window
 from perf.serving import directory
 from perf.tools import ToolMissing
 
-RETRIES = 3  # rounds at most, in multiples of those asked for
-
 
 @dataclass(frozen=True)
 class Options:
-    """How long and how often. `seconds`: of a window, or None = the workload's own."""
+    """How long and how often. `seconds`: of a window, or None = the workload's own.
+
+    `pairs`: rounds that must count; `most`: rounds at most, in multiples of these.
+    """
 
     pairs: int = 5
+    most: int = 3
     seconds: float | None = None
     again: bool = True
     cpus: tuple[int, int] = (0, 1)
@@ -69,11 +71,14 @@ class _RowRun:
             for name in names:
                 progress(f"starting {name}", 0)
                 self._attach(name, self.row.servers.append)
+                if name == names[0] and not self._seats:
+                    # A base that cannot be had keeps its place: no peer is taken for it.
+                    self.row.servers.append(ServerResult(name, ""))
             if self._options.again and self._seats and self._seats[0].result.name == names[0]:
                 progress(f"starting {names[0]} again", 0)
                 self._attach(names[0], self._set_again)
             wanted = self._options.pairs
-            for number in range(RETRIES * wanted):
+            for number in range(self._options.most * wanted):
                 turn = number % max(1, len(self._seats))
                 for seat in self._seats[turn:] + self._seats[:turn]:
                     progress(f"round {number + 1}, {seat.result.name}", min(number / wanted, 0.95))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import median
 
 RESAMPLES = 2000
@@ -44,6 +45,11 @@ def estimate(values: Sequence[float]) -> Estimate:
 
     Equal values give equal results: the resampling is seeded. Raises ValueError without values.
     """
+    return _estimate(tuple(values))
+
+
+@lru_cache(maxsize=4096)  # table, page and gate ask for the same
+def _estimate(values: tuple[float, ...]) -> Estimate:
     if not values:
         raise ValueError("no values to take a median of")
     generator = random.Random(len(values))

@@ -253,7 +253,8 @@ static inline void return_heads(struct wire *w, struct wire_port *from)
         return;
     if (w->faults.hoard && from->tx.d->features & EVENT_IDX)
         wire_await_sleep(w, &from->tx);
-    wire_publish(w, &from->tx);
+    if (!w->stopping) /* the driver must not have ended without them */
+        wire_publish(w, &from->tx);
 }
 
 static inline bool forward(struct wire *w, struct wire_port *from, struct wire_port *to)

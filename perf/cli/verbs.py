@@ -90,7 +90,7 @@ def check_gate(options: Namespace) -> int:
     console = _console()
     chosen, extra = chosen_servers(options)
     baseline = gate.Baseline() if options.update else gate.read(gate.BASELINE)
-    wanted = replace(run_options(options), seconds=options.seconds or gate.SECONDS)
+    wanted = replace(run_options(options), seconds=options.seconds or gate.SECONDS, most=gate.MOST)
     with console.status("counting instructions") as status:
         counted = instructions.measure(progress=lambda what: status.update(f"counting: {what}"))
     save = saver(options.output, "gate")

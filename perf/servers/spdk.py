@@ -62,8 +62,9 @@ class Spdk(Server):
         config.write_text(json.dumps({"subsystems": subsystems}))
         command += ["-S", str(disks[0].socket.parent), "-c", str(config)]
         command += ["-r", str(directory / "spdk.rpc"), "-s", str(memory), "--no-pci"]
-        # Where no hugetlbfs is mounted, DPDK's memory has to be of memfds.
-        command += ["--env-context", "--in-memory"]
+        # Where no hugetlbfs is mounted, DPDK's memory has to be of memfds. With one file there is
+        # nothing to unlink, which newer DPDK refuses beside memfds.
+        command += ["--env-context", "--in-memory", "--single-file-segments"]
         # It pins itself to the cores of its mask. Another SPDK may rest on the same core, which
         # its lock files would not allow.
         command += ["-m", "[{cpu}]", "--disable-cpumask-locks"]

@@ -87,6 +87,15 @@ def test_a_base_that_goes_wrong_leaves_its_peers_measured() -> None:
     assert len(row.peers[0].windows) >= 2
 
 
+@pytest.mark.parametrize("base", ["stillborn", "unable"])
+def test_no_peer_is_taken_for_a_base_that_cannot_be_had(base: str) -> None:
+    row = run(base, "vdev", "qsd")
+    assert row.servers[0].name == base
+    assert row.base is None
+    assert row.again is None
+    assert [peer.name for peer in row.peers] == ["vdev", "qsd"]
+
+
 def test_a_server_that_does_not_start_is_reported_with_its_log() -> None:
     row = run("vdev", "stillborn")
     (failure,) = row.failures
