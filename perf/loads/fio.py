@@ -89,12 +89,14 @@ class _FioTarget:
             job = parse(done.output, done.code)
         except FioOutputError as error:
             raise OSError(f"fio (exit code {done.code}): {error}") from None
+        # One that always polls also did while fio started and ended; it has but one core.
+        busy = min(used, job.seconds)
         return Sample(
             operations=job.operations,
             seconds=done.seconds,
             metrics={
                 **job.metrics,
-                "server_cpu_us": used * 1e6 / job.operations,
+                "server_cpu_us": busy * 1e6 / job.operations,
                 "client_cpu_us": done.cpu_seconds * 1e6 / job.operations,
             },
             own_cpu_seconds=used + done.cpu_seconds,
