@@ -102,6 +102,8 @@ class Launch:
     """2 MiB pages that it needs reserved while it runs."""
     after_start: Sequence[Sequence[str]] = ()
     """Commands to run in its network namespace once it answers."""
+    one_connection: bool = False
+    """It serves the first that connects, and ends with that connection: nobody may try it out."""
 
 
 class Server:

@@ -6,7 +6,8 @@ import contextlib
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from perf import hugepages
@@ -16,6 +17,7 @@ from perf.process import Started
 from perf.tools import find_tool
 
 START_SECONDS = 20.0
+_ACCEPTS = 1 << 16  # of a socket's flags in /proc/net/unix: __SO_ACCEPTCON
 
 
 @contextlib.contextmanager
@@ -38,14 +40,28 @@ def serving(
             own_network=launch.own_network,
         ) as started:
             try:
+                wait = _time_to_listening if launch.one_connection else time_to_features
                 for socket in sockets:
-                    time_to_features(socket, started.started + START_SECONDS, started.end)
+                    wait(socket, started.started + START_SECONDS, started.end)
                 for step in launch.after_start:
                     _in_network_of(started, step)
             except (OSError, subprocess.CalledProcessError) as error:
                 message = f"{name} did not start: {started.end() or error}"
                 raise ServerFailed(message, started.log_tail()) from None
             yield started
+
+
+def _time_to_listening(path: Path, deadline: float, ended: Callable[[], str | None]) -> float:
+    """The same as time_to_features, but without a connection: when someone listens on `path`."""
+    while time.monotonic() < deadline:
+        if end := ended():
+            raise ConnectionError(f"the server {end}")
+        for line in Path("/proc/net/unix").read_text().splitlines():
+            fields = line.split(maxsplit=7)  # Num RefCount Protocol Flags Type St Inode Path
+            if fields[7:] == [str(path)] and int(fields[3], 16) & _ACCEPTS:
+                return time.monotonic()
+        time.sleep(0.0005)
+    raise TimeoutError(f"nobody listens on {path}")
 
 
 def _in_network_of(started: Started, command: Sequence[str]) -> None:

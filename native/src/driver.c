@@ -273,7 +273,7 @@ static int reap(struct driver *d, uint64_t now)
     struct vhost_load_result *r = d->result;
 
     for (uint16_t n = driver_ring_pending(&d->ring); n; n--) {
-        uint32_t id = driver_ring_elem(&d->ring, d->ring.used_idx++)->id;
+        uint32_t id = driver_ring_elem(&d->ring, d->ring.used_idx++).id;
         uint32_t i = d->stride == 1 ? id : id / 3;
         if (i >= c->depth || i * d->stride != id || !d->slot[i].busy)
             return -EPROTO;

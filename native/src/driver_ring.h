@@ -69,10 +69,13 @@ static inline uint16_t driver_ring_in_flight(const struct driver_ring *r)
     return (uint16_t)(r->published - r->used_idx);
 }
 
-static inline const struct vring_used_elem *driver_ring_elem(const struct driver_ring *r,
-                                                             uint16_t idx)
+/* A copy, read once: the device may go on writing there. */
+static inline struct vring_used_elem driver_ring_elem(const struct driver_ring *r, uint16_t idx)
 {
-    return &r->used_ring[idx & (r->size - 1)];
+    const struct vring_used_elem *elem = &r->used_ring[idx & (r->size - 1)];
+
+    return (struct vring_used_elem){.id = __atomic_load_n(&elem->id, __ATOMIC_RELAXED),
+                                    .len = __atomic_load_n(&elem->len, __ATOMIC_RELAXED)};
 }
 
 static inline uint16_t *driver_ring_used_event(struct driver_ring *r)

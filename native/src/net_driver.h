@@ -72,7 +72,7 @@ static inline char *port_slot(const struct vhost_packet_port *p, uint32_t i)
  * False: the device does not hold that buffer, or has written past it (virtio 1.3, 2.7.8). */
 static inline bool port_take(struct vhost_packet_port *p, struct vring_used_elem *elem)
 {
-    *elem = *driver_ring_elem(&p->rx, p->rx.used_idx);
+    *elem = driver_ring_elem(&p->rx, p->rx.used_idx);
     if (unlikely(elem->id >= p->rx.size || !p->rx_held[elem->id] || elem->len > p->rx_size))
         return false;
     p->rx_held[elem->id] = false;

@@ -204,13 +204,13 @@ static int gather(struct run *run, struct end *e, uint16_t n, uint32_t *len)
 /* How many buffers the next frame takes: its header says so, if it has one. */
 static int frame_buffers(struct vhost_packet_port *p)
 {
-    const struct vring_used_elem *elem = driver_ring_elem(&p->rx, p->rx.used_idx);
-    uint32_t id = elem->id, len = elem->len;
-    uint16_t n;
-
-    if (!p->mergeable || len < NET_HEADER_MAX || id >= p->rx.size)
+    if (!p->mergeable)
         return 1;
-    memcpy(&n, port_buffer(p, id) + offsetof(struct virtio_net_hdr, num_buffers), sizeof(n));
+    struct vring_used_elem elem = driver_ring_elem(&p->rx, p->rx.used_idx);
+    if (elem.len < NET_HEADER_MAX || elem.id >= p->rx.size)
+        return 1;
+    const struct virtio_net_hdr *header = (const struct virtio_net_hdr *)port_buffer(p, elem.id);
+    uint16_t n = __atomic_load_n(&header->num_buffers, __ATOMIC_RELAXED);
     /* virtio 1.3, section 5.1.6.4: as many as were used, so at least one, and no more than there
      * are. */
     return n == 0 || n > p->rx.size ? port_break(p) : n;
@@ -244,7 +244,7 @@ static inline int take_frame(struct run *run, struct end *e, uint16_t pending)
 static inline void prefetch_frame(const struct end *e)
 {
     const struct driver_ring *r = &e->port->rx;
-    uint32_t id = driver_ring_elem(r, (uint16_t)(r->used_idx + AHEAD))->id & (r->size - 1);
+    uint32_t id = driver_ring_elem(r, (uint16_t)(r->used_idx + AHEAD)).id & (r->size - 1);
     const char *buffer = port_buffer(e->port, id);
 
     __builtin_prefetch(buffer + e->stamp_in);
@@ -261,7 +261,8 @@ int frames_receive(struct run *run, struct end *e)
         return port_break(p);
     e->rx_seen = p->rx.used_idx;
     for (int i = 0; i < BATCH && taken < pending && can_take(e); i++) {
-        prefetch_frame(e);
+        if (pending - taken > AHEAD)
+            prefetch_frame(e);
         int n = take_frame(run, e, (uint16_t)(pending - taken));
         if (n < 0)
             return n;

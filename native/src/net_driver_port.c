@@ -158,7 +158,7 @@ int port_reclaim(struct vhost_packet_port *p)
     if (n > driver_ring_in_flight(&p->tx))
         return port_break(p);
     for (uint16_t i = 0; i < n; i++) {
-        uint32_t id = driver_ring_elem(&p->tx, p->tx.used_idx++)->id;
+        uint32_t id = driver_ring_elem(&p->tx, p->tx.used_idx++).id;
         if (id >= p->tx_slots || !p->tx_held[id])
             return port_break(p);
         p->tx_held[id] = false;

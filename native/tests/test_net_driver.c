@@ -115,8 +115,10 @@ static void a_run_ends_after_its_time(void)
     load.packets = 0;
     load.duration_ns = 5000000;
     load.cpu = sched_getcpu();
+    uint64_t start = now_ns();
     CHECK_EQ(run(&load), 0);
-    CHECK(result.sent > 0 && result.elapsed_ns >= load.duration_ns / 2);
+    CHECK(now_ns() - start >= load.duration_ns);
+    CHECK(result.sent > 0);
     load.packets = result.sent;
     check_perfect(&load);
     wire_close(&wire);

@@ -52,13 +52,16 @@ def chosen_servers(options: Namespace) -> tuple[list[str], list[str]]:
     Raises PerfError.
     """
     extra = know(options)
-    chosen = []
+    listed = {n for suite in all_suites().values() for w in suite.workloads for n in w.servers}
+    chosen: list[str] = []
     for setting in options.server:
         if "=" in setting:
             chosen.append(servers.add_variant(setting))
             extra.append(chosen[-1])
         else:
             chosen.append(servers.find(setting).name)
+            if chosen[-1] not in [*listed, *extra]:
+                extra.append(chosen[-1])
     return chosen, extra
 
 

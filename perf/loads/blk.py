@@ -10,7 +10,7 @@ from perf import images
 from perf.frontend.blk import BlkFrontend, Pattern
 from perf.frontend.connection import RING_FEATURES, by_floor, percentile
 from perf.images import Image
-from perf.model import Disk, Place, Sample, Server, Target
+from perf.model import Disk, Place, Sample, Server, Target, Unsupported
 from perf.process import Started
 from perf.serving import serving
 
@@ -66,10 +66,14 @@ def disk_of(image: Image, place: Place, *, queues: int = 1, number: int = 0) -> 
 
 
 @contextlib.contextmanager
-def served_disk(server: Server, image: Image, place: Place) -> Iterator[tuple[Started, Disk]]:
-    """The server with this image as its only disk."""
+def served_disk(
+    server: Server, image: Image, place: Place, *, anew: bool = False
+) -> Iterator[tuple[Started, Disk]]:
+    """The server with this image as its only disk. `anew`: connected to for each window anew."""
     disk = disk_of(image, place)
     launch = server.blk([disk], place.directory)
+    if anew and launch.one_connection:
+        raise Unsupported(f"{server.name} ends with its first connection; this makes several")
     with serving(server.name, launch, [disk.socket], place) as started:
         yield started, disk
 

@@ -54,7 +54,7 @@ class FioBlk:
             )
         with (
             images.opened(self.image) as image,
-            served_disk(server, image, place) as (started, disk),
+            served_disk(server, image, place, anew=True) as (started, disk),
         ):
             check_serves_libblkio(server, disk.socket)
             variables = {**self.variables, "SOCKET": str(disk.socket)}

@@ -55,7 +55,7 @@ class QemuImgBench:
             )
         with (
             images.opened(self.image) as image,
-            served_disk(server, image, place) as (started, disk),
+            served_disk(server, image, place, anew=True) as (started, disk),
         ):
             check_serves_libblkio(server, disk.socket)
             yield _BenchTarget(started, qemu_img, self, disk, place)

@@ -36,7 +36,7 @@ class VhostUserBlock(Server):
             f"path={disk.file},socket={disk.socket},num_queues={disk.queues},queue_size=1024,"
             f"direct={direct},poll_queue={poll}"
         )
-        return Launch([*program, "--block-backend", backend])
+        return Launch([*program, "--block-backend", backend], one_connection=True)
 
 
 SERVERS = [VhostUserBlock("ch-block"), VhostUserBlock("ch-block-no-poll", poll=False)]

@@ -53,7 +53,10 @@ class Machine:
             *("-machine", "q35,memory-backend=ram,usb=off,smbus=off,sata=off,hpet=off"),
             *("-accel", "kvm" if kvm else "tcg,thread=multi"),
             *("-cpu", "host" if kvm else "max"),
-            *("-smp", str(self.cpus), "-m", str(self.memory_mib)),
+            # For a machine that can only have one CPU TCG leaves out memory barriers, and such a
+            # guest and the thread that serves its device miss each other's notifications.
+            *("-smp", f"{self.cpus},maxcpus={max(self.cpus, 2)}"),
+            *("-m", str(self.memory_mib)),
             "-object",
             f"memory-backend-memfd,id=ram,size={self.memory_mib}M,share=on",
             *("-kernel", str(self.kernel), "-initrd", str(self.initrd)),
