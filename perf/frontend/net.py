@@ -93,8 +93,8 @@ class NetFrontend(Connection):
     """
 
     def __init__(self, path: Path, frames: Frames, *, segmented: bool) -> None:
+        self.port = ffi.NULL  # before connecting: a refused connection is closed too
         super().__init__(path)
-        self.port = ffi.NULL
         try:
             self.negotiate(_BASE | (_SEGMENTS if segmented else 0), 0)
             if segmented and _SEGMENTS & ~self.features:
