@@ -42,6 +42,5 @@ SUITE = Suite(
             verified=True,
         ),
     ],
-    # What the kernel does for packets in interrupts is nobody's in its books.
-    calm_share=0.4,
+    calm_share=0.2,
 )
