@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 from perf import noise
-from perf.tools import version_of
+from perf.tools import first_line
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ("qemu-system-x86_64", "qemu-storage-daemon", "fio", "iperf3")
@@ -63,7 +63,7 @@ def facts(cpus: tuple[int, int]) -> dict[str, str]:
         "load average": " ".join(_read("/proc/loadavg", "").split()[:3]),
         "Python": platform.python_version(),
     }
-    return found | {name: version for name in TOOLS if (version := version_of(name))}
+    return found | {name: version for name in TOOLS if (version := first_line([name], "--version"))}
 
 
 def commit() -> str:

@@ -13,16 +13,15 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
+from perf.closing import Closing
 from perf.tools import find_tool
 
 GRACE_SECONDS = 10.0
 _LOG_LINES = 20
 
 
-class Started:
+class Started(Closing):
     """A running program; a context manager that ends it. Raises ToolMissing or OSError."""
 
     def __init__(
@@ -123,14 +122,3 @@ class Started:
                 if pipe:
                     with contextlib.suppress(BrokenPipeError):
                         pipe.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

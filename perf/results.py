@@ -21,6 +21,7 @@ from perf.stats import Estimate, estimate, ratio
 SCHEMA = 1
 MIXED = "mixed"
 DIED, HUNG, WRONG_DATA, REFUSED = "died", "hung", "wrong data", "refused"
+ERRORS = "errors"
 
 
 class ResultsError(PerfError):

@@ -144,10 +144,11 @@ class _RowRun:
             result.latency[floor] = result.latency.get(floor, 0) + count
 
     def _check(self, seat: _Seat, sample: Sample) -> None:
-        """A fast wrong answer is a failure, and the server leaves."""
+        """A fast wrong answer is a failure, and so is a request that failed; the server leaves."""
         if sample.corrupt or sample.errors:
+            kind = results.WRONG_DATA if sample.corrupt else results.ERRORS
             said = f"{sample.errors} errors, {sample.corrupt} wrong of {sample.operations}"
-            self._fail(seat.result.name, results.WRONG_DATA, said, seat.target.log_tail())
+            self._fail(seat.result.name, kind, said, seat.target.log_tail())
             self._seats.remove(seat)
 
     def _leave(self, seat: _Seat, error: Exception) -> None:

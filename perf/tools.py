@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from perf.errors import PerfError
@@ -62,11 +63,15 @@ def find_tool(name: str) -> str:
     return path
 
 
-def said(name: str, *options: str) -> str:
-    """What a program says to these options and ends, or an empty string without the program."""
+def said(command: Sequence[str], *options: str) -> str:
+    """What a program says to these options and ends, or an empty string without the program.
+
+    A command of one word is looked up by its name.
+    """
     try:
+        words = [find_tool(command[0])] if len(command) == 1 else [*command]
         done = subprocess.run(
-            [find_tool(name), *options],
+            [*words, *options],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -79,7 +84,7 @@ def said(name: str, *options: str) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def version_of(name: str) -> str:
-    """The first line that a program says of its version, or an empty string."""
-    lines = [line.strip() for line in said(name, "--version").splitlines() if line.strip()]
+def first_line(command: Sequence[str], *options: str) -> str:
+    """The first line of what a program says, such as its version, or an empty string."""
+    lines = [line.strip() for line in said(command, *options).splitlines() if line.strip()]
     return lines[0] if lines else ""

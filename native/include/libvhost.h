@@ -196,6 +196,11 @@ enum virtio_net_feature {
     VIRTIO_NET_F_MQ = 22,
 };
 
+enum virtio_net_hdr_value {
+    VIRTIO_NET_HDR_F_NEEDS_CSUM = 1, /* of flags */
+    VIRTIO_NET_HDR_GSO_TCPV4 = 1,    /* of gso_type */
+};
+
 enum virtio_net_limit {
     VIRTIO_NET_S_LINK_UP = 1,
     VIRTIO_NET_MTU_MIN = 68,

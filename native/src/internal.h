@@ -4,7 +4,11 @@
  *   memory.c      regions, lookup, SIGBUS               ring_split.c  the split virtqueue
  *   events.c      iothread -> control thread            queue.c       life of a served queue
  *   iothread*.c   the loop: messages, kicks, polling    device.c      counters, devices
- *   blk*.c        the block device                      net.c         the net device
+ *   blk*.c        the block device                      net*.c        the net device
+ *
+ * And beside them the driver's side, for measuring and for tests:
+ *   driver_ring.c a split ring as its driver has it     driver.c      block requests
+ *   ping.c        the distance of two CPUs              net_driver*.c packets
  *
  * Ownership.  A queue belongs to the control thread until vhost_queue_start posts it, then to
  * the iothread until its stop was answered.  Fields need no locks because of that; what crosses

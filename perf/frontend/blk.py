@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from perf.frontend.connection import RING_FEATURES, Connection
+from perf.frontend.connection import RING_FEATURES, Connection, check
 from vdev._native import ffi, lib
 
 WANTED_PROTOCOL = 1 << lib.VHOST_USER_PROTOCOL_F_CONFIG | 1 << lib.VHOST_USER_PROTOCOL_F_MQ
@@ -136,10 +134,7 @@ class BlkFrontend(Connection):
             )
             result = ffi.new("struct vhost_load_result *")
             error = lib.vhost_driver_run(config, result)
-        if error == -errno.ETIMEDOUT:
-            raise TimeoutError(f"no answer for {STALL_MS / 1000:.0f} s ({pattern})")
-        if error:
-            raise OSError(-error, f"{os.strerror(-error)} ({pattern})")
+        check(error, str(pattern), STALL_MS)
         return Outcome(
             requests=result.requests,
             bytes=result.bytes,

@@ -15,9 +15,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
+from perf.closing import Closing
 from vdev._native import ffi, lib
 
 PAGE = 4096
@@ -40,7 +40,7 @@ class Ring:
     call_fd: int
 
 
-class Connection:
+class Connection(Closing):
     """A negotiated connection. A context manager; raises OSError where the peer refuses.
 
     Guest memory is one memfd, mapped at guest address 0 and at ``USER_ADDR`` of "user" addresses.
@@ -184,16 +184,13 @@ class Connection:
             os.close(fd)
         self._fds.clear()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+def check(error: int, doing: str, stall_ms: int) -> None:
+    """Raises what a C driver's run came to: TimeoutError for a stall, OSError for anything else."""
+    if error == -errno.ETIMEDOUT:
+        raise TimeoutError(f"no answer for {stall_ms / 1000:g} s ({doing})")
+    if error:
+        raise OSError(-error, f"{os.strerror(-error)} ({doing})")
 
 
 def _header(request: int, size: int, flags: int = 0) -> bytes:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import errno
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from perf.frontend.connection import Connection
+from perf.frontend.connection import Connection, check
 from vdev._native import ffi, lib
 
 RING_SIZE = 1024
@@ -56,8 +55,10 @@ def segments(source: str, target: str, size: int) -> Frames:
     started = ~_checksum(pseudo) & 0xFFFF
     tcp = struct.pack("!HHIIBBHHH", 5001, 5001, 1, 1, 5 << 4, 0x10, 65535, started, 0)
     header = _mac(target) + _mac(source) + b"\x08\0" + ip + tcp
-    needs_checksum, tcp_v4 = 1, 1
-    return Frames(header, (needs_checksum, tcp_v4, len(header), _SEGMENT_SIZE, 34, 16, 0))
+    flags, gso_type = lib.VIRTIO_NET_HDR_F_NEEDS_CSUM, lib.VIRTIO_NET_HDR_GSO_TCPV4
+    tcp_start, tcp_checksum = 34, 16
+    vnet = (flags, gso_type, len(header), _SEGMENT_SIZE, tcp_start, tcp_checksum, 0)
+    return Frames(header, vnet)
 
 
 def _mac(text: str) -> bytes:
@@ -132,7 +133,7 @@ class NetFrontend(Connection):
             },
         )
         port = ffi.new("struct vhost_packet_port **")
-        _check(lib.vhost_packet_port_new(config, port), "the packet driver's port")
+        check(lib.vhost_packet_port_new(config, port), "the packet driver's port", STALL_MS)
         self.port = port[0]
 
     def close(self) -> None:
@@ -144,13 +145,6 @@ class NetFrontend(Connection):
 
 
 _RING_FIELDS = ("size", "desc", "avail", "used", "kick_fd", "call_fd")
-
-
-def _check(error: int, what: str) -> None:
-    if error == -errno.ETIMEDOUT:
-        raise TimeoutError(f"no answer for {STALL_MS / 1000:.0f} s ({what})")
-    if error:
-        raise OSError(-error, f"{os.strerror(-error)} ({what})")
 
 
 def run(
@@ -192,7 +186,7 @@ def run(
         },
     )
     result = ffi.new("struct vhost_packet_result *")
-    _check(lib.vhost_packet_run(config, result), f"{size} bytes, {depth} in flight")
+    check(lib.vhost_packet_run(config, result), f"{size} bytes, {depth} in flight", STALL_MS)
     return PacketOutcome(
         sent=result.sent,
         received=result.received,

@@ -10,27 +10,21 @@ from perf import images
 from perf.frontend.blk import BlkFrontend, Pattern
 from perf.frontend.connection import RING_FEATURES, by_floor, percentile
 from perf.images import Image
+from perf.loads.target import WARM_UP_SECONDS, ServerTarget
 from perf.model import Disk, Place, Sample, Server, Target, Unsupported
 from perf.process import Started
 from perf.serving import serving
 
-WARM_UP_SECONDS = 0.15
 
-
-class BlkTarget:
+class BlkTarget(ServerTarget):
     """A server, and the native driver on its first queue."""
 
     def __init__(
         self, server: Started, frontend: BlkFrontend, pattern: Pattern, place: Place
     ) -> None:
-        self._server = server
+        super().__init__(server, place)
         self._frontend = frontend
         self._pattern = pattern
-        self._place = place
-        self.go_on = server.go_on
-        self.rest = server.rest
-        self.alive = server.end
-        self.log_tail = server.log_tail
 
     def measure(self, seconds: float) -> Sample:
         run, cpu = self._frontend.run, self._place.client_cpu

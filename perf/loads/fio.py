@@ -14,6 +14,7 @@ from perf.fio_output import FioOutputError, parse
 from perf.frontend.connection import Connection
 from perf.loads.blk import served_disk
 from perf.loads.command import run
+from perf.loads.target import ServerTarget
 from perf.model import Place, Sample, Server, Target, Unsupported
 from perf.process import Started
 from perf.tools import find_tool
@@ -61,20 +62,15 @@ class FioBlk:
             yield _FioTarget(started, [fio, str(JOBS / self.job)], variables, place)
 
 
-class _FioTarget:
+class _FioTarget(ServerTarget):
     """A server, and a fio that connects to it anew for each window."""
 
     def __init__(
         self, server: Started, command: list[str], variables: Mapping[str, str], place: Place
     ) -> None:
-        self._server = server
+        super().__init__(server, place)
         self._command = command
         self._variables = variables
-        self._place = place
-        self.go_on = server.go_on
-        self.rest = server.rest
-        self.alive = server.end
-        self.log_tail = server.log_tail
 
     def measure(self, seconds: float) -> Sample:
         used = self._server.cpu_seconds()

@@ -9,7 +9,7 @@ from functools import partial
 
 from perf.frontend.connection import by_floor, percentile
 from perf.frontend.net import NetFrontend, plain, run, segments
-from perf.loads.blk import WARM_UP_SECONDS
+from perf.loads.target import WARM_UP_SECONDS, ServerTarget
 from perf.model import Place, Port, Sample, Server, Target
 from perf.process import Started
 from perf.serving import serving
@@ -60,20 +60,15 @@ class NativeNet:
             yield _NetTarget(started, a, b, self, place)
 
 
-class _NetTarget:
+class _NetTarget(ServerTarget):
     """A server, and the driver's two ports on it."""
 
     def __init__(
         self, server: Started, a: NetFrontend, b: NetFrontend, load: NativeNet, place: Place
     ) -> None:
-        self._server = server
+        super().__init__(server, place)
         self._ports = (a, b)
         self._load = load
-        self._place = place
-        self.go_on = server.go_on
-        self.rest = server.rest
-        self.alive = server.end
-        self.log_tail = server.log_tail
 
     def measure(self, seconds: float) -> Sample:
         load, cpu = self._load, self._place.client_cpu

@@ -17,6 +17,7 @@ from perf import images
 from perf.loads.blk import served_disk
 from perf.loads.command import Finished, run
 from perf.loads.fio import check_serves_libblkio
+from perf.loads.target import ServerTarget
 from perf.model import Disk, Place, Sample, Server, Target, Unsupported
 from perf.process import Started
 from perf.tools import find_tool
@@ -61,21 +62,16 @@ class QemuImgBench:
             yield _BenchTarget(started, qemu_img, self, disk, place)
 
 
-class _BenchTarget:
+class _BenchTarget(ServerTarget):
     """A server, and a qemu-img that connects to it anew for each window."""
 
     def __init__(
         self, server: Started, qemu_img: str, load: QemuImgBench, disk: Disk, place: Place
     ) -> None:
-        self._server = server
+        super().__init__(server, place)
         self._qemu_img = qemu_img
         self._load = load
         self._disk = disk
-        self._place = place
-        self.go_on = server.go_on
-        self.rest = server.rest
-        self.alive = server.end
-        self.log_tail = server.log_tail
 
     def _bench(self, count: int, seconds: float) -> tuple[Finished, float]:
         load = self._load

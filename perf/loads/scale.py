@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from perf import images
 from perf.frontend.blk import BlkFrontend, Outcome, Pattern
 from perf.frontend.connection import percentile
-from perf.loads.blk import WARM_UP_SECONDS, disk_of
+from perf.loads.blk import disk_of
+from perf.loads.target import WARM_UP_SECONDS, ServerTarget
 from perf.model import Place, Sample, Server, Target
 from perf.process import Started
 from perf.serving import serving
@@ -68,7 +69,7 @@ class Scale:
             yield _ScaleTarget(started, lanes, pool, place)
 
 
-class _ScaleTarget:
+class _ScaleTarget(ServerTarget):
     """A server, and a client thread for each queue that is under load."""
 
     def __init__(
@@ -78,14 +79,9 @@ class _ScaleTarget:
         pool: ThreadPoolExecutor,
         place: Place,
     ) -> None:
-        self._server = server
+        super().__init__(server, place)
         self._lanes = lanes
         self._pool = pool
-        self._place = place
-        self.go_on = server.go_on
-        self.rest = server.rest
-        self.alive = server.end
-        self.log_tail = server.log_tail
 
     def _run(self, seconds: float) -> list[Outcome]:
         cpu = self._place.client_cpu

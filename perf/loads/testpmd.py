@@ -8,6 +8,7 @@ Each window starts with a fresh burst, so what a server has lost is missed in on
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import selectors
 import time
@@ -16,13 +17,13 @@ from dataclasses import dataclass
 
 from perf import hugepages
 from perf.loads.net import served_ports
+from perf.loads.target import WARM_UP_SECONDS, ServerTarget
 from perf.model import Place, Port, Sample, Server, Target
 from perf.process import Started
 from perf.servers.testpmd import MEMORY_MIB, PROGRAM, eal
 from perf.tools import find_tool
 
 BURSTS = 8  # of 32 frames, on each port
-WARM_UP_SECONDS = 0.15
 PROMPT = b"testpmd> "
 PATIENCE_SECONDS = 20.0
 
@@ -42,7 +43,7 @@ class TestpmdNet:
             _Client(ports, place) as client,
         ):
             client.ask(f"set txpkts {self.size}")
-            yield _TestpmdTarget(started, client, self.size)
+            yield _TestpmdTarget(started, client, self.size, place)
 
 
 class _Client(Started):
@@ -83,7 +84,7 @@ class _Client(Started):
             while not said.endswith(PROMPT):
                 if not selector.select(max(0.0, deadline - time.monotonic())):
                     raise TimeoutError(f"{self.name} did not answer for {PATIENCE_SECONDS:.0f} s")
-                part = self.process.stdout.read1(65536)  # type: ignore[attr-defined]
+                part = os.read(self.process.stdout.fileno(), 65536)
                 if not part:
                     raise ConnectionError(f"{self.name} {self.process.wait()}")
                 said += part
@@ -102,23 +103,21 @@ class _Client(Started):
         return sum(map(int, counts))
 
 
-class _TestpmdTarget:
+class _TestpmdTarget(ServerTarget):
     """A server, and a testpmd that stays connected to it."""
 
-    def __init__(self, server: Started, client: _Client, size: int) -> None:
-        self._server = server
+    def __init__(self, server: Started, client: _Client, size: int, place: Place) -> None:
+        super().__init__(server, place)
         self._client = client
         self._size = size
-        self.alive = server.end
-        self.log_tail = server.log_tail
 
     def go_on(self) -> None:
-        self._server.go_on()
+        super().go_on()
         self._client.go_on()
 
     def rest(self) -> None:
         self._client.rest()
-        self._server.rest()
+        super().rest()
 
     def measure(self, seconds: float) -> Sample:
         server, client = self._server, self._client

@@ -6,28 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from perf.model import Disk, Launch, Server, Unsupported
-from perf.tools import find_tool, version_of
-
-PROGRAM = "vhost_user_block"
+from perf.model import Disk, Launch, Unsupported
+from perf.program import Program
 
 
 @dataclass
-class VhostUserBlock(Server):
+class VhostUserBlock(Program):
     """`poll`: poll the queue for a while before sleeping."""
 
-    name: str
+    program = "vhost_user_block"
     poll: bool = True
-    command: Sequence[str] = ()
-
-    def with_command(self, name: str, command: Sequence[str]) -> Server:
-        return VhostUserBlock(name, self.poll, tuple(command))
-
-    def version(self) -> str:
-        return "" if self.command else version_of(PROGRAM)
 
     def blk(self, disks: Sequence[Disk], directory: Path) -> Launch:
-        program = [*(self.command or [find_tool(PROGRAM)])]
+        program = self.start()
         if len(disks) != 1 or disks[0].file is None:
             raise Unsupported(f"{self.name} serves one file a process")
         disk = disks[0]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from perf.model import Server
-from perf.tools import version_of
+from perf.tools import first_line
 
 PROGRAM = "qemu-system-x86_64"
 
@@ -17,7 +17,7 @@ class InProcess(Server):
     """A device that QEMU serves itself."""
 
     def version(self) -> str:
-        return version_of(PROGRAM)
+        return first_line([PROGRAM], "--version")
 
 
 @dataclass

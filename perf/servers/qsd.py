@@ -9,30 +9,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from perf.model import Disk, Launch, Server
-from perf.tools import find_tool, version_of
-
-PROGRAM = "qemu-storage-daemon"
+from perf.model import Disk, Launch
+from perf.program import Program
 
 
 @dataclass
-class Qsd(Server):
+class Qsd(Program):
     """`aio`: "io_uring", "threads" or "native"; `poll_ns`: the iothread's longest polling."""
 
-    name: str
+    program = "qemu-storage-daemon"
     aio: str = "io_uring"
     iothread: bool = True
     poll_ns: int | None = None
-    command: Sequence[str] = ()
-
-    def with_command(self, name: str, command: Sequence[str]) -> Server:
-        return Qsd(name, self.aio, self.iothread, self.poll_ns, tuple(command))
-
-    def version(self) -> str:
-        return "" if self.command else version_of(PROGRAM)
 
     def blk(self, disks: Sequence[Disk], directory: Path) -> Launch:
-        command = [*(self.command or [find_tool(PROGRAM)])]
+        command = self.start()
         if self.iothread:
             poll = "" if self.poll_ns is None else f",poll-max-ns={self.poll_ns}"
             command += ["--object", f"iothread,id=iothread0{poll}"]

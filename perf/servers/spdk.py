@@ -14,34 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from perf.images import TMPFS
-from perf.model import Disk, Launch, Server, Unsupported
-from perf.tools import find_tool, version_of
+from perf.model import Disk, Launch, Unsupported
+from perf.program import Program
 
-PROGRAM = "vhost"
 BLOCK_SIZE = 512
 MEMORY_MIB = 512
 
 
 @dataclass
-class Spdk(Server):
+class Spdk(Program):
     """`bdev`: what serves files: "aio" or "uring"; or "malloc", memory of its own instead."""
 
-    name: str
+    program = "vhost"
     bdev: str = "aio"
-    command: Sequence[str] = ()
-
-    def with_command(self, name: str, command: Sequence[str]) -> Server:
-        return Spdk(name, self.bdev, tuple(command))
-
-    def version(self) -> str:
-        return "" if self.command else version_of(PROGRAM)
 
     def blk(self, disks: Sequence[Disk], directory: Path) -> Launch:
         if len({disk.socket.parent for disk in disks}) > 1:
             raise Unsupported(f"{self.name}: its controllers lie in one directory")
         if self.bdev != "malloc" and any(_cached(disk) for disk in disks):
             raise Unsupported(f"{self.name} reads and writes files past the page cache")
-        command = [*(self.command or [find_tool(PROGRAM)])]
+        command = self.start()
         methods: list[Mapping[str, Any]] = []
         controllers = []
         for index, disk in enumerate(disks):

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from perf.model import Launch, Port, Server, Unsupported
-from perf.tools import find_tool, said
+from perf.model import Launch, Port, Unsupported
+from perf.program import Program
+from perf.tools import said
 
 PROGRAM = "dpdk-testpmd"
 MEMORY_MIB = 256
@@ -21,21 +22,16 @@ _PORTS = 2
 
 
 @dataclass
-class Testpmd(Server):
+class Testpmd(Program):
     """`taps`: through taps and a bridge instead of directly."""
 
-    name: str
+    program = PROGRAM
     taps: bool = False
-    command: Sequence[str] = ()
-
-    def with_command(self, name: str, command: Sequence[str]) -> Server:
-        return Testpmd(name, self.taps, tuple(command))
 
     def version(self) -> str:
         """DPDK tells its version only at the start of its help."""
-        found = re.search(
-            r"RTE Version: '(.*)'", "" if self.command else said(PROGRAM, "-v", "--help")
-        )
+        told = said(self.command or [PROGRAM], "-v", "--help")
+        found = re.search(r"RTE Version: '(.*)'", told)
         return found[1] if found else ""
 
     def net(self, ports: Sequence[Port], directory: Path) -> Launch:
@@ -43,7 +39,7 @@ class Testpmd(Server):
             raise Unsupported(f"{self.name} forwards between {_PORTS} ports")
         if any(port.segmented for port in ports):
             raise Unsupported(f"{self.name} passes on no segments larger than its buffers")
-        command = [*(self.command or [find_tool(PROGRAM)]), *eal("perf-server", "{cpu}")]
+        command = [*self.start(), *eal("perf-server", "{cpu}")]
         after: list[list[str]] = []
         for number, port in enumerate(ports):
             command += ["--vdev", f"net_vhost{number},iface={port.socket},queues={port.pairs}"]

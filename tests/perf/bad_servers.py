@@ -26,4 +26,4 @@ class Bad(Server):
         return Launch([sys.executable, str(BACKEND), self.name, str(disk.socket), str(disk.file)])
 
 
-SERVERS = [Bad(name) for name in ("dies", "hangs", "lies", "stillborn", "unable")]
+SERVERS = [Bad(name) for name in ("dies", "hangs", "lies", "fails", "stillborn", "unable")]

@@ -12,7 +12,7 @@ from perf.frontend import blk
 from perf.frontend.blk import Pattern
 from perf.loads.blk import NativeBlk
 from perf.model import Disk, Suite, Workload
-from perf.results import DIED, HUNG, WRONG_DATA, Row
+from perf.results import DIED, ERRORS, HUNG, WRONG_DATA, Row
 from perf.run import Options, run_suite
 from tests.perf import bad_servers
 
@@ -64,8 +64,9 @@ def test_two_good_servers_are_compared() -> None:
     ("how", "kind", "message"),
     [
         ("dies", DIED, "was ended by SIGKILL"),
-        ("hangs", HUNG, "no answer for 0 s"),
+        ("hangs", HUNG, "no answer for 0.5 s"),
         ("lies", WRONG_DATA, "wrong of"),
+        ("fails", ERRORS, "errors, 0 wrong of"),
     ],
 )
 def test_a_server_that_goes_wrong_leaves_and_the_rest_goes_on(
