@@ -134,7 +134,10 @@ def instruction_changes(baseline: Baseline, counted: Instructions) -> tuple[list
 
 
 def update(baseline: Baseline, run: Run, counted: Instructions) -> Baseline:
-    """The baseline with what is known now; ratios at the other distance stay."""
+    """The baseline with what is known now. Ratios at the other distance stay.
+
+    Ratios of busy rows are not worth storing.
+    """
     ratios = {stored.key: stored for stored in baseline.ratios}
-    ratios |= {stored.key: stored for _, stored, _ in ratios_of(run)}
+    ratios |= {stored.key: stored for row, stored, _ in ratios_of(run) if row.calm}
     return Baseline(list(ratios.values()), counted.toolchain, dict(counted.per_request))

@@ -103,6 +103,8 @@ def check_gate(options: Namespace) -> int:
             baseline = gate.read(gate.BASELINE)
         gate.write(gate.update(baseline, found, counted), gate.BASELINE)
         console.print(f"Written: {os.path.relpath(gate.BASELINE)}", highlight=False)
+        for row in (row for suite in found.suites for row in suite.rows if not row.calm):
+            console.print(f"[yellow]not stored, busy[/yellow] {escape(row.workload)}")
         return GOOD
     changes, left = gate.changes(baseline, found)
     worse, uncounted = gate.instruction_changes(baseline, counted)

@@ -47,6 +47,13 @@ def test_a_baseline_grows_by_what_is_new_and_keeps_the_rest() -> None:
     assert {stored.placement: stored.ratio for stored in both.ratios} == {"near": 2.0, "far": 3.0}
 
 
+def test_busy_rows_are_not_stored() -> None:
+    busy = row({"vdev": STEADY, "peer": STEADY}, wanted=6)
+    assert not busy.calm
+    assert gate.update(Baseline(), run(busy), COUNTED).ratios == []
+    assert gate.update(BASELINE, run(busy), COUNTED) == BASELINE
+
+
 def test_more_instructions_are_a_regression_and_fewer_are_not() -> None:
     more = replace(COUNTED, per_request={"pop": 101.5})
     worse, _ = gate.instruction_changes(BASELINE, more)
