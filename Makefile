@@ -4,13 +4,21 @@ PYTHON := .venv/bin/python
 # Taps, bridges and the guest's root file system need root; -E keeps XDG_CACHE_HOME, CI, proxies.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
 
-.PHONY: demo test perf perf-gate setup setup-peers clean clean-cache
+.PHONY: demo test fuzz soak perf perf-gate setup setup-peers setup-fuzz clean clean-cache
 
 demo: setup
 	@$(SUDO) $(PYTHON) -m tests.lab.demo $(DEMO_ARGS)
 
 test: setup-peers
 	@$(SUDO) $(PYTHON) -m pytest $(if $(TESTS),$(TESTS),tests) $(PYTEST_ARGS)
+
+# make fuzz SECONDS=600 TARGETS="ring blk"; see docs/testing.md
+fuzz: setup-fuzz
+	@$(PYTHON) -m tests.fuzz $(if $(SECONDS),--seconds $(SECONDS)) $(TARGETS)
+
+# make soak SECONDS=3600; see docs/testing.md
+soak: setup
+	@$(SUDO) $(PYTHON) -m tests.soak $(if $(SECONDS),--seconds $(SECONDS))
 
 # make perf PERF_ARGS="blk --only tmpfs --server vdev --server qsd"; see docs/performance.md
 perf: setup-peers
@@ -24,6 +32,9 @@ setup:
 
 setup-peers:
 	@tests/lab/setup.sh peers
+
+setup-fuzz:
+	@tests/lab/setup.sh fuzz
 
 clean:
 	$(SUDO) rm -rf build .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

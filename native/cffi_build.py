@@ -1,8 +1,8 @@
-"""Writes the C source of vdev._native from libvhost's contract header.
+"""Writes the C source of vdev._native from libvhost's contract headers.
 
-usage: cffi_build.py HEADER OUTPUT
+usage: cffi_build.py HEADER... OUTPUT
 
-Everything between the header's "cdef begin" and "cdef end" marks is what Python sees.
+Everything between a header's "cdef begin" and "cdef end" marks is what Python sees.
 """
 
 import re
@@ -12,14 +12,18 @@ from pathlib import Path
 from cffi import FFI
 
 
-def main(header: str, output: str) -> None:
-    text = Path(header).read_text(encoding="utf-8")
-    found = re.search(r"/\* cdef begin \*/(.*)/\* cdef end \*/", text, re.DOTALL)
-    if found is None:
-        sys.exit(f"{header}: no 'cdef begin' and 'cdef end' marks")
+def main(*arguments: str) -> None:
+    *headers, output = arguments
     builder = FFI()
-    builder.cdef(found.group(1))
-    builder.set_source("vdev._native", "#include <libvhost.h>")
+    for header in headers:
+        text = Path(header).read_text(encoding="utf-8")
+        found = re.search(r"/\* cdef begin \*/(.*)/\* cdef end \*/", text, re.DOTALL)
+        if found is None:
+            sys.exit(f"{header}: no 'cdef begin' and 'cdef end' marks")
+        builder.cdef(found.group(1))
+    builder.set_source(
+        "vdev._native", "\n".join(f"#include <{Path(header).name}>" for header in headers)
+    )
     builder.emit_c_code(output)
 
 

@@ -14,8 +14,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from perf.closing import Closing
 from perf.tools import find_tool
+from vdev.closing import Closing
 
 GRACE_SECONDS = 10.0
 _LOG_LINES = 20
@@ -62,7 +62,7 @@ class Started(Closing):
         return self.process.pid
 
     def cpu_seconds(self) -> float:
-        """CPU time of all its threads so far, user and system, also of those that ended.
+        """CPU time of all its threads, and its children's, so far; also of threads that ended.
 
         This is utime + stime of /proc/PID/stat before it is rounded to ticks: the process's CPU
         clock (clock_getcpuclockid(3): the complement of the id, shifted, scheduler's clock).
@@ -70,14 +70,25 @@ class Started(Closing):
         """
         if self.process.poll() is not None:
             raise ProcessLookupError(f"{self.name} {self.end()}")
-        return time.clock_gettime((~self.pid << 3) | 2)
+        return sum(time.clock_gettime((~pid << 3) | 2) for pid in self._family())
 
     def memory_mib(self) -> float:
-        """Its proportional set size in MiB: shared pages count by the number of their users."""
-        for line in Path(f"/proc/{self.pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) / 1024
-        raise OSError(f"the kernel tells no Pss of {self.name}")
+        """The proportional set sizes of it and its children in MiB: shared pages count by the
+        number of their users."""
+        lines = [
+            line
+            for pid in self._family()
+            for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            if line.startswith("Pss:")
+        ]
+        if not lines:
+            raise OSError(f"the kernel tells no Pss of {self.name}")
+        return sum(int(line.split()[1]) for line in lines) / 1024
+
+    def _family(self) -> list[int]:
+        """Its process and its children."""
+        text = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        return [self.pid, *map(int, text.split())]
 
     def end(self) -> str | None:
         """How it ended, or None while it runs."""
@@ -97,10 +108,15 @@ class Started(Closing):
 
     def rest(self) -> None:
         """Stops it where it is, so that it does not disturb while others are measured."""
-        self._signal(signal.SIGSTOP)
+        self._signal_family(signal.SIGSTOP)
 
     def go_on(self) -> None:
-        self._signal(signal.SIGCONT)
+        self._signal_family(signal.SIGCONT)
+
+    def _signal_family(self, number: signal.Signals) -> None:
+        if self.process.poll() is None:
+            for pid in self._family():
+                os.kill(pid, number)
 
     def _signal(self, number: signal.Signals) -> None:
         if self.process.poll() is None:
@@ -109,7 +125,7 @@ class Started(Closing):
     def close(self) -> None:
         """Ends it by SIGTERM, or by SIGKILL when that takes too long."""
         self._signal(signal.SIGTERM)
-        self._signal(signal.SIGCONT)
+        self._signal_family(signal.SIGCONT)
         try:
             self.process.wait(GRACE_SECONDS)
         except BaseException as error:

@@ -20,6 +20,7 @@ from perf.model import Place, Sample, ServerFailed, Suite, Target, Unsupported, 
 from perf.results import Failure, Row, ServerResult, Window
 from perf.serving import directory
 from perf.tools import ToolMissing
+from vdev.errors import PeerError
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class _RowRun:
             self.row.absent[name] = str(reason)
         except ServerFailed as error:
             self._fail(name, results.DIED, str(error), error.log)
-        except OSError as error:
+        except (OSError, PeerError) as error:
             self._fail(name, results.REFUSED, str(error), [])
         else:
             result = ServerResult(name, server.version())
@@ -122,7 +123,7 @@ class _RowRun:
             clock = time.monotonic() - clock
             ours = time.process_time() - ours + sample.own_cpu_seconds
             busy = noise.busy_seconds(*cpus) - busy
-        except (OSError, TimeoutError) as error:
+        except (OSError, PeerError) as error:
             self._leave(seat, error)
             return
         finally:

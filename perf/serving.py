@@ -15,6 +15,7 @@ from perf.frontend.connection import time_to_features
 from perf.model import Launch, Place, ServerFailed
 from perf.process import Started
 from perf.tools import find_tool
+from vdev.errors import PeerError
 
 START_SECONDS = 20.0
 _ACCEPTS = 1 << 16  # of a socket's flags in /proc/net/unix: __SO_ACCEPTCON
@@ -45,7 +46,7 @@ def serving(
                     wait(socket, started.started + START_SECONDS, started.end)
                 for step in launch.after_start:
                     _in_network_of(started, step)
-            except (OSError, subprocess.CalledProcessError) as error:
+            except (OSError, PeerError, subprocess.CalledProcessError) as error:
                 message = f"{name} did not start: {started.end() or error}"
                 raise ServerFailed(message, started.log_tail()) from None
             yield started

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 
 import hypothesis
 import pytest
 import pytest_asyncio
 import uvloop
 
-pytest_plugins = ["tests.lab.skips"]
+pytest_plugins = ["tests.lab.skips", "tests.lab.inner_tests"]
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile(
     "vdev", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("vdev")
+
+
+def pytest_configure() -> None:
+    """A shell starts what runs in its background with SIGINT ignored, nohup with SIGHUP ignored;
+    children inherit that. Tests interrupt themselves, and hang up on what they start."""
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def _debug_loop() -> asyncio.AbstractEventLoop:
@@ -51,3 +63,12 @@ async def fd_count() -> AsyncIterator[Callable[[], Counter[str]]]:
     yield open_fds
     await asyncio.sleep(0)
     assert open_fds() == before
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """A test leaves the signals by which a program is ended as it found them."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    assert [signal.getsignal(number) for number in numbers] == before

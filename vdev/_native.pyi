@@ -1,4 +1,4 @@
-# The cffi module generated from native/include/libvhost.h; its types are C's, so Any here.
+# The cffi module generated from native/include/; its types are C's, so Any here.
 from typing import Any
 
 ffi: Any

@@ -70,6 +70,7 @@ class BlkConfig(_Table):
     serial: Annotated[str, AfterValidator(_serial)] | None = None
     cache: Literal["none", "writeback", "writethrough", "unsafe"] = "writeback"
     engine: Literal["auto", "io_uring", "threads"] = "auto"
+    lock: Literal["open", "running"] = "open"
 
 
 class NetConfig(_Table):

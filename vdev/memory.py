@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any, Protocol
@@ -24,15 +25,16 @@ from vdev.errors import PeerError
 ADDRESS_SPACE = 1 << 64
 MAX_OFFSET = (1 << 63) - 1  # of off_t
 
-_MAP_ERRORS = {
-    errno.EINVAL: "its size is 0 or one of its addresses wraps",
+FILE_ERRORS = {
     errno.ENODEV: "it is not a regular file",
-    errno.ENXIO: "the file is shorter than the region",
+    errno.ENXIO: "the file is too short",
     errno.EACCES: "the file is not open for reading and writing",
     errno.EPERM: "the file may not be mapped for writing",
     errno.EBADF: "it is not a file that can be mapped",
     errno.EOVERFLOW: "its offset is beyond what a file can have",
 }
+"""What is wrong with a file that libvhost does not map."""
+_MAP_ERRORS = FILE_ERRORS | {errno.EINVAL: "its size is 0 or one of its addresses wraps"}
 
 
 class AddressRange(Protocol):
@@ -49,20 +51,36 @@ class AddressRange(Protocol):
 class Region:
     """A part of a file, mapped at `guest_addr` (and at `user_addr` in the front-end).
 
-    All sizes and addresses are in bytes.
+    All sizes and addresses are in bytes.  fd: the file, its own, where other processes are to map
+    it too, from `offset` on; or -1.
     """
 
-    __slots__ = ("guest_addr", "native", "size", "user_addr")
+    __slots__ = ("__weakref__", "fd", "guest_addr", "native", "offset", "size", "user_addr")
 
     def __init__(self, native: Any, guest_addr: int, size: int, user_addr: int) -> None:
         self.native = native
         self.guest_addr = guest_addr
         self.size = size
         self.user_addr = user_addr
+        self.offset = 0
+        self.fd = -1
 
     @classmethod
-    def map(cls, fd: int, *, guest_addr: int, size: int, user_addr: int, offset: int) -> Region:
+    def map(
+        cls,
+        fd: int,
+        *,
+        guest_addr: int,
+        size: int,
+        user_addr: int,
+        offset: int,
+        shared: bool = False,
+        copy: bool = False,
+    ) -> Region:
         """Maps `size` bytes at `offset` of the file `fd`, which stays the caller's.
+
+        `shared`: the region keeps a descriptor of the file, to be given to other processes.
+        `copy`: pages are copied when they are written; the file stays as it is, and must.
 
         Raises PeerError where the file or the numbers are wrong, OSError where mapping fails.
         """
@@ -71,7 +89,8 @@ class Region:
         if offset > MAX_OFFSET - size:
             raise PeerError(f"memory region at {guest_addr:#x}: offset {offset:#x} is too large")
         out = ffi.new("struct vhost_region **")
-        result = lib.vhost_region_map(fd, offset, guest_addr, size, out)
+        map_file = lib.vhost_region_map_copy if copy else lib.vhost_region_map
+        result = map_file(fd, offset, guest_addr, size, out)
         if result < 0:
             reason = _MAP_ERRORS.get(-result)
             if reason is None:
@@ -81,6 +100,10 @@ class Region:
                 f"of fd {fd}: {reason}"
             )
         region.native = ffi.gc(out[0], lib.vhost_region_unref)
+        if shared:
+            region.offset = offset
+            region.fd = os.dup(fd)
+            weakref.finalize(region, os.close, region.fd)
         return region
 
     def __repr__(self) -> str:

@@ -77,8 +77,11 @@ NAMED static bool uncounted(struct bench *b)
     CHECK_EQ(driver_used_idx(&b->ring), b->asked);
     if (b->scenario->before)
         b->scenario->before(b, batch);
-    *driver_used_event(&b->ring) = b->asked; /* where EVENT_IDX is on: call me at the next one */
-    b->ring.avail_idx += (uint16_t)batch;
+    while (b->ring.seen != b->asked)
+        driver_take(&b->ring);
+    if (b->ring.features & EVENT_IDX)
+        driver_want_call_after(&b->ring, 0);
+    offer(b, batch);
     driver_publish(&b->ring);
     b->asked += (uint16_t)batch;
     b->left -= batch;
@@ -108,6 +111,16 @@ NAMED static void counted(struct bench *b)
     }
 }
 
+static struct vhost_inflight *inflight_new(bool packed)
+{
+    struct vhost_inflight *region;
+    int fd = memfd_create("inflight", MFD_CLOEXEC);
+
+    CHECK_EQ(ftruncate(fd, (off_t)vhost_inflight_size(1, RING_SIZE, packed)), 0);
+    CHECK_EQ(vhost_inflight_map(fd, 0, 1, RING_SIZE, packed, &region), 0);
+    return region;
+}
+
 static void run(const struct scenario *s, uint32_t batch, uint64_t requests)
 {
     static const struct device_ops guest_ops = {.service = guest_service};
@@ -118,8 +131,10 @@ static void run(const struct scenario *s, uint32_t batch, uint64_t requests)
     b.ring = driver_new(&b.guest, 0, RING_SIZE, VERSION_1 | s->features, 0);
     s->open(&b);
     struct vhost_queue_config config = driver_config(&b.ring, s->queue);
+    if (s->tracked)
+        config.inflight = inflight_new(s->features & PACKED);
     CHECK_EQ(vhost_queue_new(&config, b.device, b.guest.memory, &b.queue), 0);
-    b.ring.avail_idx += (uint16_t)s->ahead;
+    offer(&b, s->ahead);
 
     uring_open(&b.thread.uring);
     b.thread.has_uring = true;

@@ -2,7 +2,7 @@
  * What is asked of which device, and how one sees that it was done.
  *
  * A guest's requests are written once and made again and again: RING_SIZE is a multiple of their
- * number, so the heads in the avail ring, written once as well, come round.
+ * number, so the heads come round.
  */
 #ifndef SCENARIOS_H
 #define SCENARIOS_H
@@ -37,6 +37,7 @@ struct scenario {
     uint32_t queue; /* its index */
     uint32_t ahead; /* chains that the guest makes available before the first batch */
     bool loop;      /* passes are the iothread's own */
+    bool tracked;   /* what is in flight is noted */
     void (*open)(struct bench *b);                     /* makes the device, and its requests */
     void (*before)(struct bench *b, uint32_t batch);   /* the network's turn; may be NULL */
     void (*check)(struct bench *b, uint64_t requests); /* afterwards: all was done as meant */
@@ -50,19 +51,27 @@ struct bench {
     struct vhost_device *device;
     struct vhost_queue *queue;
     uint32_t batch;
-    uint64_t left;  /* requests that the guest has still to make */
-    uint16_t asked; /* of the used index: all made so far */
-    int tap[2];     /* the device's end, the network's end */
+    uint64_t left;          /* requests that the guest has still to make */
+    uint16_t asked;         /* of the used index: all made so far */
+    uint16_t count, stride; /* requests; their heads are multiples of the stride */
+    int tap[2];             /* the device's end, the network's end */
 };
 
 /* ---- requests ---- */
 
 /* There are `count` requests; the head of number i is `stride` * i. */
-static void offer(struct bench *b, uint16_t count, uint16_t stride)
+static void number(struct bench *b, uint16_t count, uint16_t stride)
 {
     CHECK(RING_SIZE % count == 0 && count * stride <= RING_SIZE);
-    for (uint16_t i = 0; i < RING_SIZE; i++)
-        b->ring.avail[2 + i] = (uint16_t)(i % count * stride);
+    b->count = count;
+    b->stride = stride;
+}
+
+/* The guest makes the next `n` available. */
+static void offer(struct bench *b, uint32_t n)
+{
+    while (n--)
+        driver_offer(&b->ring, (uint16_t)(b->ring.avail_idx % b->count * b->stride));
 }
 
 static uint64_t slot_addr(uint32_t slot)
@@ -89,7 +98,7 @@ static void make_blocks(struct bench *b, uint32_t type)
         if (indirect)
             set_desc(b->ring.desc, slot, table, TABLE, VRING_DESC_F_INDIRECT, 0);
     }
-    offer(b, BATCH_MAX, indirect ? 1 : 3);
+    number(b, BATCH_MAX, indirect ? 1 : 3);
 }
 
 /* One buffer each. */
@@ -97,7 +106,7 @@ static void make_frames(struct bench *b, uint16_t count, uint32_t len, uint16_t 
 {
     for (uint16_t slot = 0; slot < count; slot++)
         set_desc(b->ring.desc, slot, slot_addr(slot) + DATA, len, flags, 0);
-    offer(b, count, 1);
+    number(b, count, 1);
 }
 
 static uint64_t counter(const struct bench *b, enum vhost_counter c)
@@ -122,11 +131,12 @@ static bool ring_service(struct vhost_queue *q)
     uint32_t n = ring_pending(q);
     struct chain c;
 
-    for (uint32_t i = 0; i < n; i++) {
-        CHECK(ring_pop(q, &c));
-        head[i] = c.head;
-    }
-    for (uint32_t i = 0; i < n; i++)
+    uint32_t popped = 0;
+
+    for (; popped < n && ring_pop(q, &c); popped++)
+        head[popped] = c.head;
+    CHECK(!q->broken);
+    for (uint32_t i = 0; i < popped; i++)
         ring_push(q, head[i], 1);
     return true;
 }
@@ -140,7 +150,11 @@ static int ring_open(struct vhost_queue *q)
 static void open_ring(struct bench *b)
 {
     static const struct device_ops ops = {
-        .queue_open = ring_open, .service = ring_service, .chain_max = RING_SIZE};
+        .queue_open = ring_open,
+        .service = ring_service,
+        .tracked = true,
+        .chain_max = RING_SIZE,
+    };
     static struct vhost_device device;
 
     CHECK_EQ(device_init(&device, &ops, 1), 0);
@@ -265,15 +279,44 @@ static const struct scenario scenarios[] = {
     {.name = "ring-direct-event", .features = EVENT_IDX, .open = open_ring, .check = check_calls},
     {.name = "ring-indirect", .features = INDIRECT, .open = open_ring, .check = check_calls},
     {.name = "ring-indirect-event", .features = USUAL, .open = open_ring, .check = check_calls},
+    {.name = "ring-inflight",
+     .features = USUAL,
+     .tracked = true,
+     .open = open_ring,
+     .check = check_calls},
+    {.name = "ring-packed", .features = PACKED, .open = open_ring, .check = check_calls},
+    {.name = "ring-packed-event",
+     .features = PACKED | USUAL,
+     .open = open_ring,
+     .check = check_calls},
+    {.name = "ring-packed-inflight",
+     .features = PACKED | USUAL,
+     .tracked = true,
+     .open = open_ring,
+     .check = check_calls},
     {.name = "blk-null-read", .features = USUAL, .open = open_null_read, .check = check_blk},
     {.name = "blk-null-write", .features = USUAL, .open = open_null_write, .check = check_blk},
     {.name = "blk-tmpfs-read", .features = USUAL, .open = open_tmpfs_read, .check = check_tmpfs},
     {.name = "blk-uring-write", .features = USUAL, .open = open_uring_write, .check = check_uring},
+    {.name = "blk-packed-write",
+     .features = PACKED | USUAL,
+     .open = open_null_write,
+     .check = check_blk},
     {.name = "loop-null-write",
      .features = USUAL,
      .loop = true,
      .open = open_null_write,
      .check = check_blk},
+    {.name = "blk-inflight-write",
+     .features = USUAL,
+     .tracked = true,
+     .open = open_uring_write,
+     .check = check_uring},
+    {.name = "blk-packed-inflight-write",
+     .features = PACKED | USUAL,
+     .tracked = true,
+     .open = open_uring_write,
+     .check = check_uring},
     {.name = "net-rx",
      .features = USUAL | MERGEABLE,
      .ahead = RING_SIZE - BATCH_MAX,
@@ -282,6 +325,18 @@ static const struct scenario scenarios[] = {
      .check = check_net},
     {.name = "net-tx",
      .features = USUAL,
+     .queue = 1,
+     .open = open_tx,
+     .before = network_receives,
+     .check = check_net},
+    {.name = "net-packed-rx",
+     .features = PACKED | USUAL | MERGEABLE,
+     .ahead = RING_SIZE - BATCH_MAX,
+     .open = open_rx,
+     .before = network_sends,
+     .check = check_net},
+    {.name = "net-packed-tx",
+     .features = PACKED | USUAL,
      .queue = 1,
      .open = open_tx,
      .before = network_receives,

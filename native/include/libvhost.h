@@ -2,8 +2,8 @@
  * libvhost: guest memory, virtqueues and the block and net engines behind them.
  *
  * This header is the contract.  C programs include it, and vdev's Python half reads the part
- * between the "cdef" marks through cffi, so the two cannot drift.  It declares once:
- *   - the wire structures and constants of virtio and vhost-user,
+ * between the "cdef" marks through cffi, so the two cannot drift.  With virtio_wire.h and
+ * vhost_wire.h, which have what goes over the wire, it declares once:
  *   - the served queue: guest memory, three ring addresses, size, features, next index, kick, call,
  *   - the iothread that owns a queue from start to stop,
  *   - the devices (block, net) whose requests a queue carries.
@@ -12,373 +12,20 @@
  * the library are duplicated; the caller keeps its own.  Functions that take a `token` only post a
  * message to the owning iothread: a VHOST_EVENT_DONE with that token follows when it has acted.
  * All other functions may be called from one control thread at a time.
- *
- * Sources: Virtual I/O Device (VIRTIO) 1.3 and QEMU's vhost-user protocol specification.
  */
 #ifndef LIBVHOST_H
 #define LIBVHOST_H
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <vhost_wire.h>
+#include <virtio_wire.h>
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 /* cdef begin */
-
-/* ---- virtio: device ids and feature bits (virtio 1.3, sections 5 and 6) ---- */
-
-enum virtio_id {
-    VIRTIO_ID_NET = 1,
-    VIRTIO_ID_BLOCK = 2,
-};
-
-enum virtio_feature {
-    VIRTIO_F_NOTIFY_ON_EMPTY = 24,
-    VHOST_F_LOG_ALL = 26,
-    VIRTIO_F_ANY_LAYOUT = 27,
-    VIRTIO_F_INDIRECT_DESC = 28,
-    VIRTIO_F_EVENT_IDX = 29,
-    VHOST_USER_F_PROTOCOL_FEATURES = 30,
-    VIRTIO_F_VERSION_1 = 32,
-    VIRTIO_F_ACCESS_PLATFORM = 33,
-    VIRTIO_F_RING_PACKED = 34,
-    VIRTIO_F_IN_ORDER = 35,
-    VIRTIO_F_ORDER_PLATFORM = 36,
-    VIRTIO_F_NOTIFICATION_DATA = 38,
-    VIRTIO_F_RING_RESET = 40,
-};
-
-enum virtio_status {
-    VIRTIO_STATUS_ACKNOWLEDGE = 1,
-    VIRTIO_STATUS_DRIVER = 2,
-    VIRTIO_STATUS_DRIVER_OK = 4,
-    VIRTIO_STATUS_FEATURES_OK = 8,
-    VIRTIO_STATUS_NEEDS_RESET = 64,
-    VIRTIO_STATUS_FAILED = 128,
-};
-
-enum virtio_limit {
-    VIRTQUEUE_MAX_SIZE = 32768,
-};
-
-enum vring_desc_flag {
-    VRING_DESC_F_NEXT = 1,
-    VRING_DESC_F_WRITE = 2,
-    VRING_DESC_F_INDIRECT = 4,
-};
-
-enum vring_flag {
-    VRING_AVAIL_F_NO_INTERRUPT = 1,
-    VRING_USED_F_NO_NOTIFY = 1,
-};
-
-struct vring_desc {
-    uint64_t addr;
-    uint32_t len;
-    uint16_t flags;
-    uint16_t next;
-};
-
-struct vring_used_elem {
-    uint32_t id;
-    uint32_t len;
-};
-
-/* ---- virtio-blk (virtio 1.3, section 5.2) ---- */
-
-enum virtio_blk_feature {
-    VIRTIO_BLK_F_SIZE_MAX = 1,
-    VIRTIO_BLK_F_SEG_MAX = 2,
-    VIRTIO_BLK_F_RO = 5,
-    VIRTIO_BLK_F_BLK_SIZE = 6,
-    VIRTIO_BLK_F_FLUSH = 9,
-    VIRTIO_BLK_F_TOPOLOGY = 10,
-    VIRTIO_BLK_F_CONFIG_WCE = 11,
-    VIRTIO_BLK_F_MQ = 12,
-    VIRTIO_BLK_F_DISCARD = 13,
-    VIRTIO_BLK_F_WRITE_ZEROES = 14,
-    VIRTIO_BLK_F_LIFETIME = 15,
-    VIRTIO_BLK_F_SECURE_ERASE = 16,
-    VIRTIO_BLK_F_ZONED = 17,
-};
-
-enum virtio_blk_type {
-    VIRTIO_BLK_T_IN = 0,
-    VIRTIO_BLK_T_OUT = 1,
-    VIRTIO_BLK_T_FLUSH = 4,
-    VIRTIO_BLK_T_GET_ID = 8,
-    VIRTIO_BLK_T_GET_LIFETIME = 10,
-    VIRTIO_BLK_T_DISCARD = 11,
-    VIRTIO_BLK_T_WRITE_ZEROES = 13,
-    VIRTIO_BLK_T_SECURE_ERASE = 14,
-};
-
-enum virtio_blk_status {
-    VIRTIO_BLK_S_OK = 0,
-    VIRTIO_BLK_S_IOERR = 1,
-    VIRTIO_BLK_S_UNSUPP = 2,
-};
-
-enum virtio_blk_limit {
-    VIRTIO_BLK_SECTOR_SHIFT = 9,
-    VIRTIO_BLK_ID_BYTES = 20,
-    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP = 1,
-};
-
-struct virtio_blk_req_hdr {
-    uint32_t type;
-    uint32_t reserved;
-    uint64_t sector;
-};
-
-struct virtio_blk_range {
-    uint64_t sector;
-    uint32_t num_sectors;
-    uint32_t flags;
-};
-
-struct virtio_blk_config {
-    uint64_t capacity;
-    uint32_t size_max;
-    uint32_t seg_max;
-    uint16_t cylinders;
-    uint8_t heads;
-    uint8_t sectors;
-    uint32_t blk_size;
-    uint8_t physical_block_exp;
-    uint8_t alignment_offset;
-    uint16_t min_io_size;
-    uint32_t opt_io_size;
-    uint8_t writeback;
-    uint8_t unused0;
-    uint16_t num_queues;
-    uint32_t max_discard_sectors;
-    uint32_t max_discard_seg;
-    uint32_t discard_sector_alignment;
-    uint32_t max_write_zeroes_sectors;
-    uint32_t max_write_zeroes_seg;
-    uint8_t write_zeroes_may_unmap;
-    uint8_t unused1[3];
-    uint32_t max_secure_erase_sectors;
-    uint32_t max_secure_erase_seg;
-    uint32_t secure_erase_sector_alignment;
-    uint32_t zone_sectors;
-    uint32_t max_open_zones;
-    uint32_t max_active_zones;
-    uint32_t max_append_sectors;
-    uint32_t write_granularity;
-    uint8_t zoned_model;
-    uint8_t unused2[3];
-};
-
-/* ---- virtio-net (virtio 1.3, section 5.1) ---- */
-
-enum virtio_net_feature {
-    VIRTIO_NET_F_CSUM = 0,
-    VIRTIO_NET_F_GUEST_CSUM = 1,
-    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS = 2,
-    VIRTIO_NET_F_MTU = 3,
-    VIRTIO_NET_F_MAC = 5,
-    VIRTIO_NET_F_GUEST_TSO4 = 7,
-    VIRTIO_NET_F_GUEST_TSO6 = 8,
-    VIRTIO_NET_F_GUEST_ECN = 9,
-    VIRTIO_NET_F_GUEST_UFO = 10,
-    VIRTIO_NET_F_HOST_TSO4 = 11,
-    VIRTIO_NET_F_HOST_TSO6 = 12,
-    VIRTIO_NET_F_HOST_ECN = 13,
-    VIRTIO_NET_F_HOST_UFO = 14,
-    VIRTIO_NET_F_MRG_RXBUF = 15,
-    VIRTIO_NET_F_STATUS = 16,
-    VIRTIO_NET_F_CTRL_VQ = 17,
-    VIRTIO_NET_F_GUEST_ANNOUNCE = 21,
-    VIRTIO_NET_F_MQ = 22,
-};
-
-enum virtio_net_hdr_value {
-    VIRTIO_NET_HDR_F_NEEDS_CSUM = 1, /* of flags */
-    VIRTIO_NET_HDR_GSO_TCPV4 = 1,    /* of gso_type */
-};
-
-enum virtio_net_limit {
-    VIRTIO_NET_S_LINK_UP = 1,
-    VIRTIO_NET_MTU_MIN = 68,
-    VIRTIO_NET_MTU_MAX = 65535,
-};
-
-struct virtio_net_hdr {
-    uint8_t flags;
-    uint8_t gso_type;
-    uint16_t hdr_len;
-    uint16_t gso_size;
-    uint16_t csum_start;
-    uint16_t csum_offset;
-    uint16_t num_buffers;
-};
-
-struct virtio_net_config {
-    uint8_t mac[6];
-    uint16_t status;
-    uint16_t max_virtqueue_pairs;
-    uint16_t mtu;
-    uint32_t speed;
-    uint8_t duplex;
-    uint8_t rss_max_key_size;
-    uint16_t rss_max_indirection_table_length;
-    uint32_t supported_hash_types;
-};
-
-/* ---- vhost-user: messages (vhost-user specification, "Communication") ---- */
-
-enum vhost_user_request {
-    VHOST_USER_GET_FEATURES = 1,
-    VHOST_USER_SET_FEATURES = 2,
-    VHOST_USER_SET_OWNER = 3,
-    VHOST_USER_RESET_OWNER = 4,
-    VHOST_USER_SET_MEM_TABLE = 5,
-    VHOST_USER_SET_LOG_BASE = 6,
-    VHOST_USER_SET_LOG_FD = 7,
-    VHOST_USER_SET_VRING_NUM = 8,
-    VHOST_USER_SET_VRING_ADDR = 9,
-    VHOST_USER_SET_VRING_BASE = 10,
-    VHOST_USER_GET_VRING_BASE = 11,
-    VHOST_USER_SET_VRING_KICK = 12,
-    VHOST_USER_SET_VRING_CALL = 13,
-    VHOST_USER_SET_VRING_ERR = 14,
-    VHOST_USER_GET_PROTOCOL_FEATURES = 15,
-    VHOST_USER_SET_PROTOCOL_FEATURES = 16,
-    VHOST_USER_GET_QUEUE_NUM = 17,
-    VHOST_USER_SET_VRING_ENABLE = 18,
-    VHOST_USER_SEND_RARP = 19,
-    VHOST_USER_NET_SET_MTU = 20,
-    VHOST_USER_SET_BACKEND_REQ_FD = 21,
-    VHOST_USER_IOTLB_MSG = 22,
-    VHOST_USER_GET_CONFIG = 24,
-    VHOST_USER_SET_CONFIG = 25,
-    VHOST_USER_POSTCOPY_ADVISE = 28,
-    VHOST_USER_POSTCOPY_LISTEN = 29,
-    VHOST_USER_POSTCOPY_END = 30,
-    VHOST_USER_GET_INFLIGHT_FD = 31,
-    VHOST_USER_SET_INFLIGHT_FD = 32,
-    VHOST_USER_RESET_DEVICE = 34,
-    VHOST_USER_VRING_KICK = 35,
-    VHOST_USER_GET_MAX_MEM_SLOTS = 36,
-    VHOST_USER_ADD_MEM_REG = 37,
-    VHOST_USER_REM_MEM_REG = 38,
-    VHOST_USER_SET_STATUS = 39,
-    VHOST_USER_GET_STATUS = 40,
-    VHOST_USER_SET_DEVICE_STATE_FD = 42,
-    VHOST_USER_CHECK_DEVICE_STATE = 43,
-};
-
-enum vhost_user_backend_request {
-    VHOST_USER_BACKEND_IOTLB_MSG = 1,
-    VHOST_USER_BACKEND_CONFIG_CHANGE_MSG = 2,
-    VHOST_USER_BACKEND_VRING_HOST_NOTIFIER_MSG = 3,
-    VHOST_USER_BACKEND_VRING_CALL = 4,
-    VHOST_USER_BACKEND_VRING_ERR = 5,
-};
-
-enum vhost_user_protocol_feature {
-    VHOST_USER_PROTOCOL_F_MQ = 0,
-    VHOST_USER_PROTOCOL_F_LOG_SHMFD = 1,
-    VHOST_USER_PROTOCOL_F_RARP = 2,
-    VHOST_USER_PROTOCOL_F_REPLY_ACK = 3,
-    VHOST_USER_PROTOCOL_F_MTU = 4,
-    VHOST_USER_PROTOCOL_F_BACKEND_REQ = 5,
-    VHOST_USER_PROTOCOL_F_CROSS_ENDIAN = 6,
-    VHOST_USER_PROTOCOL_F_CRYPTO_SESSION = 7,
-    VHOST_USER_PROTOCOL_F_PAGEFAULT = 8,
-    VHOST_USER_PROTOCOL_F_CONFIG = 9,
-    VHOST_USER_PROTOCOL_F_BACKEND_SEND_FD = 10,
-    VHOST_USER_PROTOCOL_F_HOST_NOTIFIER = 11,
-    VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD = 12,
-    VHOST_USER_PROTOCOL_F_RESET_DEVICE = 13,
-    VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS = 14,
-    VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS = 15,
-    VHOST_USER_PROTOCOL_F_STATUS = 16,
-    VHOST_USER_PROTOCOL_F_XEN_MMAP = 17,
-    VHOST_USER_PROTOCOL_F_SHARED_OBJECT = 18,
-    VHOST_USER_PROTOCOL_F_DEVICE_STATE = 19,
-    VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT = 20,
-};
-
-enum vhost_user_flag {
-    VHOST_USER_VERSION = 1,
-    VHOST_USER_VERSION_MASK = 3,
-    VHOST_USER_REPLY = 4,
-    VHOST_USER_NEED_REPLY = 8,
-};
-
-enum vhost_user_limit {
-    VHOST_USER_MAX_PAYLOAD = 4096,
-    VHOST_USER_MEM_REGIONS = 8, /* in one SET_MEM_TABLE */
-    VHOST_USER_MEM_SLOTS = 256, /* by ADD_MEM_REG */
-    VHOST_USER_VRING_INDEX_MASK = 255,
-    VHOST_USER_VRING_NOFD = 256,
-    VHOST_USER_CONFIG_MAX = 256,
-};
-
-struct vhost_user_header {
-    uint32_t request;
-    uint32_t flags;
-    uint32_t size;
-};
-
-struct vhost_user_vring_state {
-    uint32_t index;
-    uint32_t num;
-};
-
-struct vhost_user_vring_addr {
-    uint32_t index;
-    uint32_t flags;
-    uint64_t desc;
-    uint64_t used;
-    uint64_t avail;
-    uint64_t log;
-};
-
-struct vhost_user_mem_region {
-    uint64_t guest_addr;
-    uint64_t size;
-    uint64_t user_addr;
-    uint64_t mmap_offset;
-};
-
-struct vhost_user_memory_header {
-    uint32_t num_regions;
-    uint32_t padding;
-};
-
-struct vhost_user_single_region {
-    uint64_t padding;
-    struct vhost_user_mem_region region;
-};
-
-struct vhost_user_config_header {
-    uint32_t offset;
-    uint32_t size;
-    uint32_t flags;
-};
-
-struct vhost_user_log {
-    uint64_t mmap_size;
-    uint64_t mmap_offset;
-};
-
-struct vhost_user_inflight {
-    uint64_t mmap_size;
-    uint64_t mmap_offset;
-    uint16_t num_queues;
-    uint16_t queue_size;
-};
-
-struct vhost_user_transfer_state {
-    uint32_t direction;
-    uint32_t phase;
-};
 
 /* ---- guest memory ---- */
 
@@ -392,6 +39,10 @@ struct vhost_memory;
  * -ENXIO: the file is shorter than the region; else what mmap(2) says. */
 int vhost_region_map(int fd, uint64_t offset, uint64_t guest_addr, uint64_t size,
                      struct vhost_region **out);
+/* The same as a private copy, made page by page as they are written: the file stays as it is, needs
+ * not be open for writing, and must not change. */
+int vhost_region_map_copy(int fd, uint64_t offset, uint64_t guest_addr, uint64_t size,
+                          struct vhost_region **out);
 void vhost_region_unref(struct vhost_region *region);
 
 /* -EEXIST: two regions share guest addresses. */
@@ -399,20 +50,60 @@ int vhost_memory_new(struct vhost_region **regions, uint32_t count, struct vhost
 void vhost_memory_unref(struct vhost_memory *memory);
 /* The host address of [guest_addr, guest_addr + size) where one region holds it whole, or NULL. */
 void *vhost_memory_translate(const struct vhost_memory *memory, uint64_t guest_addr, uint64_t size);
+/* Gives [guest_addr, guest_addr + size) back to the host: until it is written it reads as zeroes,
+ * or what the file holds where it is a private copy.
+ * -EFAULT: not within one region; -EINVAL: not whole pages; else what madvise(2) says. */
+int vhost_memory_discard(const struct vhost_memory *memory, uint64_t guest_addr, uint64_t size);
+
+/* ---- the dirty log: which pages of guest memory were written ---- */
+
+enum vhost_log_limit {
+    VHOST_LOG_PAGE = 4096, /* bytes of guest memory to a bit, whatever the host's pages are */
+};
+
+/* Bits of the pages of guest physical addresses: page n is bit n % 8 of byte n / 8.  Reference
+ * counted; any number of queues may set bits in it while others take them out. */
+struct vhost_log;
+
+/* Maps `size` bytes at `offset` of a file that others map too. Errors: as vhost_region_map. */
+int vhost_log_map(int fd, uint64_t offset, uint64_t size, struct vhost_log **out);
+/* One of our own, of at least so many pages. -EINVAL: 0. */
+int vhost_log_new(uint64_t pages, struct vhost_log **out);
+void vhost_log_unref(struct vhost_log *log);
+/* Clears the bits of the pages [first_page, first_page + count) and adds those that were set to
+ * `bits`, the first to bit 0 of bits[0].  A page that is read after this is as new as its bit.
+ * -EINVAL: first_page is not a multiple of 8; -ERANGE: the log ends before. */
+int vhost_log_take(struct vhost_log *log, uint64_t first_page, uint8_t *bits, uint64_t count);
+
+/* ---- in-flight regions: what a server that is killed has popped and not completed ---- */
+
+/* Shared memory that outlives this process, in the format of vhost-user's SET_INFLIGHT_FD for rings
+ * of one layout; reference counted.  Whoever else maps it may change it at any time. */
+struct vhost_inflight;
+
+/* Bytes that the region has for so many queues of up to so many entries. */
+uint64_t vhost_inflight_size(uint32_t num_queues, uint32_t queue_size, bool packed);
+/* Maps it, at `offset` of a file. Errors: as vhost_region_map; -EINVAL also for an offset that is
+ * not a multiple of 8. */
+int vhost_inflight_map(int fd, uint64_t offset, uint32_t num_queues, uint32_t queue_size,
+                       bool packed, struct vhost_inflight **out);
+void vhost_inflight_unref(struct vhost_inflight *inflight);
 
 /* ---- events: what iothreads tell the control thread ---- */
 
 enum vhost_event_kind {
     VHOST_EVENT_DONE = 1,   /* the message with this token was carried out: result, value */
     VHOST_EVENT_BROKEN = 2, /* the queue with this token (its config's) broke: value = fault */
+    VHOST_EVENT_CHAINS = 3, /* chains wait in the queue of index `token` of a batch device */
+    VHOST_EVENT_RECALL = 4, /* the queue of index `token` drains: chains that were taken are due */
 };
 
-/* Why a queue broke: the guest's fault each time, and only that queue's end. */
+/* Why a queue broke: the guest's or front-end's fault each time, and only that queue's end. */
 enum vhost_fault {
     VHOST_FAULT_NONE = 0,
     VHOST_FAULT_AVAIL_INDEX = 1,    /* avail.idx ran ahead by more than the ring, or back */
-    VHOST_FAULT_HEAD_RANGE = 2,     /* a head outside the descriptor table */
-    VHOST_FAULT_HEAD_BUSY = 3,      /* a head made available while still in flight */
+    VHOST_FAULT_HEAD_RANGE = 2,     /* a head or buffer id that the ring does not have */
+    VHOST_FAULT_HEAD_BUSY = 3,      /* one made available while still in flight */
     VHOST_FAULT_CHAIN_LENGTH = 4,   /* a loop, or a chain longer than the device takes */
     VHOST_FAULT_NEXT_RANGE = 5,     /* a next outside its table */
     VHOST_FAULT_INDIRECT = 6,       /* not negotiated, nested, chained, or of a wrong length */
@@ -421,6 +112,9 @@ enum vhost_fault {
     VHOST_FAULT_ORDER = 9,          /* a readable descriptor after a writable one */
     VHOST_FAULT_MEMORY = 10,        /* guest memory went away (its file was truncated) */
     VHOST_FAULT_RING_UNMAPPED = 11, /* the region that held the ring was removed */
+    VHOST_FAULT_LOG = 12,           /* the dirty log is too short, or its file was truncated */
+    VHOST_FAULT_INFLIGHT = 13,      /* the file of the in-flight region was truncated */
+    VHOST_FAULT_EVENT = 14,         /* a wish to be called that no packed ring has */
 };
 
 struct vhost_event {
@@ -550,40 +244,104 @@ struct vhost_net_config {
 
 int vhost_net_new(const struct vhost_net_config *config, struct vhost_device **out);
 
+/* ---- batches: a device whose requests the control thread works on ---- */
+
+enum vhost_batch_limit {
+    /* What a queue has popped and not yet given back, at most; the rest waits in the ring. */
+    VHOST_BATCH_CHAINS = 256,
+    VHOST_BATCH_BUFFERS = 8192, /* a first chain is popped whatever its length */
+};
+
+struct vhost_buffer {
+    void *base; /* in guest memory */
+    uint64_t size;
+    uint64_t guest_addr;
+};
+
+/* A chain that the control thread has taken. */
+struct vhost_chain {
+    const struct vhost_buffer *buffers; /* the readable first; valid until the chain is done */
+    uint64_t readable_len;              /* bytes */
+    uint64_t writable_len;
+    uint32_t readable; /* count */
+    uint32_t writable; /* count */
+    uint32_t id;       /* names the chain in its queue until it is done */
+};
+
+struct vhost_chain_done {
+    uint32_t id;
+    uint32_t written; /* bytes */
+};
+
+/* A device whose queues pop chains ahead.  VHOST_EVENT_CHAINS, once a batch, tells `events` (of
+ * the caller, who keeps them until the device is freed) that some wait to be taken. */
+int vhost_batch_new(uint32_t num_queues, struct vhost_events *events, struct vhost_device **out);
+/* Takes up to `max` waiting chains, oldest first, and returns how many.  If there are any,
+ * *memory is a reference to the table that their buffers lie in, for the caller to give back.
+ * Chains that nobody takes go back into the ring, unseen, when their queue stops. */
+int vhost_batch_take(struct vhost_device *device, uint32_t index, struct vhost_chain *out,
+                     uint32_t max, struct vhost_memory **memory);
+/* Completes chains that were taken.  -EINVAL: one was not, or is done; -ERANGE: more was written
+ * than there is room for; in both cases nothing was completed. */
+int vhost_batch_complete(struct vhost_device *device, uint32_t index,
+                         const struct vhost_chain_done *done, uint32_t count);
+/* The chain waits again, as if it had not been taken, without an event.  When the queue stops it
+ * goes back into the ring, or, where later chains were completed, is completed with length 0.
+ * -EINVAL: it was not taken, or is done. */
+int vhost_batch_give_back(struct vhost_device *device, uint32_t index, uint32_t id);
+
 /* ---- the served queue ---- */
 
 struct vhost_queue_config {
     uint64_t token; /* names the queue in VHOST_EVENT_BROKEN */
     uint64_t features;
-    uint64_t desc; /* guest physical addresses */
-    uint64_t avail;
-    uint64_t used;
+    uint64_t desc;  /* guest physical addresses; of a packed ring: the descriptors, */
+    uint64_t avail; /* the driver's, */
+    uint64_t used;  /* and the device's event suppression structure */
     uint32_t index;
     uint32_t size;
-    uint16_t next_index;
+    /* Where to go on, as SET_VRING_BASE says it.  A split ring: the avail index.  A packed ring:
+     * the place of the next available descriptor and its wrap counter (bit 15), and the same of the
+     * next used one in the upper half; of a ring that is new all is 0 but the counters. */
+    uint32_t next_index;
     bool enabled;
     int32_t kick_fd; /* an eventfd, or -1: the ring is always polled */
     int32_t call_fd; /* an eventfd, or -1 */
     int32_t err_fd;  /* an eventfd, or -1 */
+    /* As for vhost_queue_set_log; the queue takes a reference of its own. */
+    struct vhost_log *log;
+    uint64_t log_used;
+    /* What is popped and not completed is noted there, if there is room for a queue of this index;
+     * the queue takes a reference of its own.  If it was in use before, the queue goes on from it,
+     * whatever next_index is, and begins with what is noted in it.  NULL: nothing is noted. */
+    struct vhost_inflight *inflight;
 };
 
 struct vhost_queue;
-
-/* -EINVAL: size or alignment; -EFAULT: a ring outside guest memory; -ERANGE: no such index. */
+/* -EINVAL: size, alignment or next index; -EFAULT: a ring outside guest memory; -ERANGE: no such
+ * index; of the in-flight region: -EBADMSG: it says what cannot be, or is for the other layout;
+ * -ENODATA: its file was truncated; -EOPNOTSUPP: not with this device. */
 int vhost_queue_new(const struct vhost_queue_config *config, struct vhost_device *device,
                     struct vhost_memory *memory, struct vhost_queue **out);
 /* Only before start or after stop. -EBUSY otherwise. */
 int vhost_queue_free(struct vhost_queue *queue);
-
 int vhost_queue_start(struct vhost_queue *queue, struct vhost_iothread *thread, uint64_t token);
 /* Stops popping, completes what is in flight, hands the ring back: value = next index. */
 int vhost_queue_stop(struct vhost_queue *queue, uint64_t token);
+/* The same; what has not begun stays in flight, noted in the in-flight region if there is one. */
+int vhost_queue_suspend(struct vhost_queue *queue, uint64_t token);
 int vhost_queue_set_call(struct vhost_queue *queue, int fd, uint64_t token);
 int vhost_queue_set_err(struct vhost_queue *queue, int fd, uint64_t token);
 int vhost_queue_set_kick(struct vhost_queue *queue, int fd, uint64_t token);
 int vhost_queue_set_enabled(struct vhost_queue *queue, bool enabled, uint64_t token);
 /* Drains, then goes on in `memory`; a ring that is no longer mapped breaks. */
 int vhost_queue_set_memory(struct vhost_queue *queue, struct vhost_memory *memory, uint64_t token);
+/* Logs what the device writes to guest memory from the answer on, in `log` or, with NULL, nowhere:
+ * buffers as far as they were written, what requests in flight write included; and the used ring as
+ * if it lay at guest address `used`, or not at all (UINT64_MAX); of a packed ring the descriptors
+ * with the device's structure at `used`.  A write beyond the end of the log breaks the queue. */
+int vhost_queue_set_log(struct vhost_queue *queue, struct vhost_log *log, uint64_t used,
+                        uint64_t token);
 
 /* ---- the driver's side: a load generator for block queues, for measuring and for tests ---- */
 
@@ -593,6 +351,7 @@ enum vhost_load_flag {
     VHOST_LOAD_EVENT_IDX = 4, /* negotiated */
     VHOST_LOAD_INDIRECT = 8,  /* negotiated: one descriptor a request, otherwise three */
     VHOST_LOAD_VERIFY = 16,   /* stamp what is written, check the stamps of what is read */
+    VHOST_LOAD_PACKED = 32,   /* negotiated: the ring is packed */
 };
 
 struct vhost_load_config {
@@ -603,7 +362,8 @@ struct vhost_load_config {
     uint64_t avail;
     uint64_t used;
     uint64_t buffers;     /* depth * (4096 + block_size) bytes, a multiple of 4096 */
-    uint64_t span;        /* bytes of the disk to work on, from its start */
+    uint64_t start;       /* the first byte of the disk to work on, a multiple of 512 */
+    uint64_t span;        /* bytes to work on, from there */
     uint64_t requests;    /* stop after so many, or 0 */
     uint64_t duration_ns; /* stop after so long, or 0; one of the two is needed */
     uint64_t seed;
@@ -641,11 +401,12 @@ int vhost_driver_ping(int cpu_a, int cpu_b, uint32_t rounds, double *round_trip_
 /* ---- the driver's side: a packet generator for net queues, for measuring and for tests ---- */
 
 enum vhost_packet_flag {
-    VHOST_PACKET_EVENT_IDX = 1,  /* of a port: negotiated */
-    VHOST_PACKET_MERGEABLE = 2,  /* of a port: MRG_RXBUF was negotiated */
-    VHOST_PACKET_POLL = 4,       /* of a run: spin on the used rings; otherwise sleep on call fds */
-    VHOST_PACKET_VERIFY = 8,     /* of a run: fill frames with a pattern, and check every byte */
-    VHOST_PACKET_ROUND_TRIP = 16 /* of a run: port b sends back what arrives there */
+    VHOST_PACKET_EVENT_IDX = 1, /* of a port: negotiated */
+    VHOST_PACKET_MERGEABLE = 2, /* of a port: MRG_RXBUF was negotiated */
+    VHOST_PACKET_POLL = 4,      /* of a run: spin on the used rings; otherwise sleep on call fds */
+    VHOST_PACKET_VERIFY = 8,    /* of a run: fill frames with a pattern, and check every byte */
+    VHOST_PACKET_ROUND_TRIP = 16, /* of a run: port b sends back what arrives there */
+    VHOST_PACKET_PACKED = 32      /* of a port: negotiated, its rings are packed */
 };
 
 enum vhost_packet_limit {

@@ -89,10 +89,19 @@ static int keep_iov(struct blk_request *r, const struct iovec *iov, uint32_t n)
 
 /* ---- completion ---- */
 
+/* The data, also of a read that failed in the middle, and the status. */
+static cold_path void log_request(struct vhost_queue *q, const struct blk_request *r)
+{
+    struct iovec status = {.iov_base = r->status, .iov_len = 1};
+
+    if (r->type == VIRTIO_BLK_T_IN && r->len)
+        log_written(q, r->iov, r->iov_count, r->len);
+    log_written(q, &status, 1, 1);
+}
+
 void blk_request_finish(struct blk_request *r, int32_t result, uint64_t now)
 {
     struct vhost_queue *q = r->queue;
-    uint32_t used_len = r->used_len;
 
     if (likely(result == 0)) {
         *r->status = VIRTIO_BLK_S_OK;
@@ -100,13 +109,30 @@ void blk_request_finish(struct blk_request *r, int32_t result, uint64_t now)
         bool unsupported = result == -ENOTSUP;
         *r->status = unsupported ? VIRTIO_BLK_S_UNSUPP : VIRTIO_BLK_S_IOERR;
         count(q, unsupported ? VHOST_COUNTER_UNSUPPORTED : VHOST_COUNTER_ERRORS, 1);
-        used_len = 1;
+        r->used_len = 1;
     }
-    free(r->ranges);
-    r->ranges = NULL;
+    if (unlikely(q->log))
+        log_request(q, r);
+    if (unlikely(r->ranges != NULL)) {
+        free(r->ranges);
+        r->ranges = NULL;
+    }
     count(q, VHOST_COUNTER_COMPLETIONS, 1);
     count_latency(q, now - r->start_ns);
-    ring_push(q, r->head, used_len);
+    ring_push(q, r->head, r->used_len);
+}
+
+/* What was called back, or stopped in the middle, is the next server's to do. */
+static bool is_left(struct blk_request *r, int32_t result)
+{
+    struct vhost_queue *q = r->queue;
+
+    if (!q->leaving || (result != -ECANCELED && result != -EINTR))
+        return false;
+    free(r->ranges);
+    r->ranges = NULL;
+    q->in_flight--;
+    return true;
 }
 
 static void on_done(struct io_op *op, int32_t result)
@@ -125,6 +151,8 @@ static void on_done(struct io_op *op, int32_t result)
             r->done += part;
             result = 0;
             if (r->done < r->len) {
+                if (unlikely(q->log) && r->type == VIRTIO_BLK_T_IN)
+                    log_written(q, r->iov, r->iov_count, part);
                 for (; part >= r->iov->iov_len; r->iov_count--) {
                     part -= (uint32_t)r->iov->iov_len;
                     memmove(r->iov, r->iov + 1, (r->iov_count - 1) * sizeof(*r->iov));
@@ -136,6 +164,8 @@ static void on_done(struct io_op *op, int32_t result)
                 result = at_once;
             }
         }
+    } else if (unlikely(result < 0) && is_left(r, result)) {
+        return;
     }
     blk_request_finish(r, result, iothread_now(q->thread));
     iothread_schedule(q);
@@ -206,6 +236,8 @@ static int parse_id(struct blk *blk, struct blk_request *r, const struct chain *
     if (writable != VIRTIO_BLK_ID_BYTES || c->readable_len != sizeof(struct virtio_blk_req_hdr))
         return -EIO;
     copy_to(iov, blk->id, VIRTIO_BLK_ID_BYTES);
+    if (unlikely(r->queue->log))
+        log_written(r->queue, iov, c->writable, VIRTIO_BLK_ID_BYTES);
     r->used_len = VIRTIO_BLK_ID_BYTES + 1;
     return 0;
 }
@@ -264,10 +296,12 @@ static int parse(struct vhost_queue *q, const struct chain *c, struct blk_reques
     if (err < 0 || r->len == 0)
         return err;
     /* seg_max counts the driver's data segments, not our splits of them. */
-    if (unlikely(data_count > blk->seg_max + c->splits))
-        return -EIO;
-    err = keep_iov(r, data, data_count);
-    return err ? err : 1;
+    err = data_count > blk->seg_max + c->splits ? -EIO : keep_iov(r, data, data_count);
+    if (unlikely(err < 0)) {
+        r->len = 0;
+        return err;
+    }
+    return 1;
 }
 
 /* ---- the queue ---- */
@@ -355,6 +389,12 @@ static void queue_close(struct vhost_queue *q)
     free(bq);
 }
 
+static void recall(struct vhost_queue *q)
+{
+    blk_worker_recall(blk_of(q)->pool, q);
+    blk_io_recall(q);
+}
+
 /* ---- the device ---- */
 
 static void blk_free(struct vhost_device *device)
@@ -371,7 +411,9 @@ static const struct device_ops blk_ops = {
     .queue_open = queue_open,
     .queue_close = queue_close,
     .service = service,
+    .recall = recall,
     .free = blk_free,
+    .tracked = true,
     /* seg_max data segments, header and status: drivers with INDIRECT may exceed the ring. */
     .chain_max = 128,
 };

@@ -65,6 +65,8 @@ enum blk_outcome { BLK_EXECUTED, BLK_SUBMITTED };
 enum blk_outcome blk_io_start(struct blk *blk, struct blk_request *r, int32_t *result);
 /* What a null image does: reads give zeroes, writes vanish. */
 void blk_io_null(struct blk_request *r);
+/* Has the queue's requests with io_uring end undone, those that have not begun. */
+void blk_io_recall(struct vhost_queue *q);
 /* Whether the buffers will do for O_DIRECT. */
 bool blk_io_aligned(const struct blk *blk, const struct blk_request *r);
 /* Ends a request: status, used ring, counters.  `result` is 0 or a negative errno. */
@@ -75,5 +77,7 @@ int blk_worker_pool_new(struct blk *blk, struct blk_worker_pool **out);
 void blk_worker_pool_free(struct blk_worker_pool *pool);
 /* Hands the request to a worker; its op completes on the queue's iothread. */
 void blk_worker_submit(struct blk_worker_pool *pool, struct blk_request *r);
+/* Has the queue's requests that no worker has taken end undone; on the queue's iothread. */
+void blk_worker_recall(struct blk_worker_pool *pool, struct vhost_queue *q);
 
 #endif

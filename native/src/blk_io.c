@@ -100,6 +100,36 @@ static bool submit_uring(struct blk *blk, struct blk_request *r, struct io_uring
     return true;
 }
 
+static void ignore(struct io_op *op, int32_t result)
+{
+    (void)op;
+    (void)result;
+}
+
+void blk_io_recall(struct vhost_queue *q)
+{
+    static struct io_op unheard = {.done = ignore};
+    struct io_uring *ring = iothread_uring(q->thread);
+    struct blk_queue *bq = q->state;
+
+    for (uint32_t i = 0; ring && i < q->ring.size; i++) {
+        if (!queue_holds(q, i))
+            continue;
+        struct io_uring_sqe *sqe = io_uring_get_sqe(ring);
+        if (!sqe) {
+            io_uring_submit(ring);
+            sqe = io_uring_get_sqe(ring);
+        }
+        if (!sqe)
+            break;
+        io_uring_prep_cancel(sqe, &bq->request[i].op, 0);
+        io_uring_sqe_set_data(sqe, &unheard);
+    }
+    /* Now: a request that is made later may have the address of one that ends meanwhile. */
+    if (ring)
+        io_uring_submit(ring);
+}
+
 enum blk_outcome blk_io_start(struct blk *blk, struct blk_request *r, int32_t *result)
 {
     bool data = r->type == VIRTIO_BLK_T_IN || r->type == VIRTIO_BLK_T_OUT;

@@ -4,6 +4,7 @@
  * Workers know nothing of rings: they return a result to the iothread that owns the queue.
  */
 #include "blk.h"
+#include "libsandbox.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -184,6 +185,7 @@ static void *worker(void *arg)
     struct blk_worker_pool *pool = arg;
 
     pthread_setname_np(pthread_self(), "vdev-blk");
+    sandbox_enter(SANDBOX_IOTHREAD); /* it inherited the filter; now it can say so, too */
     pthread_mutex_lock(&pool->lock);
     for (;;) {
         while (!pool->head && !pool->stop) {
@@ -233,6 +235,30 @@ void blk_worker_submit(struct blk_worker_pool *pool, struct blk_request *r)
     pthread_mutex_unlock(&pool->lock);
     if (refused)
         iothread_complete(r->queue->thread, &r->op, -EAGAIN);
+}
+
+void blk_worker_recall(struct blk_worker_pool *pool, struct vhost_queue *q)
+{
+    struct io_op *recalled = NULL;
+
+    pthread_mutex_lock(&pool->lock);
+    for (struct io_op **p = &pool->head; *p;) {
+        struct io_op *op = *p;
+        if (container_of(op, struct blk_request, op)->queue != q) {
+            p = &op->next;
+            continue;
+        }
+        *p = op->next;
+        if (pool->tail == &op->next)
+            pool->tail = p;
+        op->next = recalled;
+        recalled = op;
+    }
+    pthread_mutex_unlock(&pool->lock);
+    for (struct io_op *next; recalled; recalled = next) {
+        next = recalled->next;
+        recalled->done(recalled, -ECANCELED);
+    }
 }
 
 int blk_worker_pool_new(struct blk *blk, struct blk_worker_pool **out)

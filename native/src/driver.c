@@ -3,7 +3,8 @@
  *
  * It measures a server, so it has to cost little itself.  Each request owns a slot whose
  * descriptors never move: three in the ring (header, data, status), or one that points to an
- * indirect table of three.  Per request it writes a header and one avail entry; barriers, the
+ * indirect table of three.  Per request it writes a header and one avail entry (or, where the ring
+ * is packed, the descriptors once more); barriers, the
  * clock, and the decision to kick are paid once a batch.  A latency is therefore the time from
  * the batch that sent a request to the batch that saw it done.
  */
@@ -136,6 +137,9 @@ static void slot_layout(struct driver *d, uint32_t i, uint64_t request_addr)
                                   .next = (uint16_t)(first + 2)};
     desc[2] = (struct vring_desc){
         .addr = addr + offsetof(struct request, status), .len = 1, .flags = VRING_DESC_F_WRITE};
+    /* In a packed ring's tables the flags stand where split rings have the next entry. */
+    for (int k = 0; indirect && d->ring.slot && k < 3; k++)
+        desc[k].next = desc[k].flags;
     if (indirect) {
         d->ring.desc[i] = (struct vring_desc){.addr = addr + offsetof(struct request, table),
                                               .len = 3 * sizeof(struct vring_desc),
@@ -152,11 +156,12 @@ static int driver_open(struct driver *d)
 
     d->stride = c->flags & VHOST_LOAD_INDIRECT ? 1 : 3;
     if (c->depth == 0 || (uint64_t)c->depth * d->stride > c->queue_size || c->block_size == 0 ||
-        c->block_size % SECTOR || c->span < c->block_size || c->write_percent > 100 ||
-        (!c->requests && !c->duration_ns) || (c->call_fd < 0 && !(c->flags & VHOST_LOAD_POLL)) ||
-        c->buffers % PAGE)
+        c->block_size % SECTOR || c->start % SECTOR || c->span < c->block_size ||
+        c->write_percent > 100 || (!c->requests && !c->duration_ns) ||
+        (c->call_fd < 0 && !(c->flags & VHOST_LOAD_POLL)) || c->buffers % PAGE)
         return -EINVAL;
-    int err = driver_ring_open(&d->ring, &memory, c->desc, c->avail, c->used, c->queue_size);
+    int err = driver_ring_open(&d->ring, &memory, c->desc, c->avail, c->used, c->queue_size,
+                               c->flags & VHOST_LOAD_PACKED ? d->stride : 0);
     if (err)
         return err;
     d->ring.event_idx = c->flags & VHOST_LOAD_EVENT_IDX;
@@ -191,6 +196,7 @@ static int driver_open(struct driver *d)
 
 static void driver_close(struct driver *d)
 {
+    driver_ring_close(&d->ring);
     free(d->slot);
     free(d->idle);
     free(d->generation);
@@ -216,12 +222,17 @@ static uint64_t choose_block(struct driver *d)
     return block;
 }
 
+static inline uint64_t first_sector(const struct driver *d, uint64_t block)
+{
+    return d->config->start / SECTOR + block * (d->config->block_size / SECTOR);
+}
+
 static void prepare_data(struct driver *d, const struct slot *s, char *data)
 {
     uint32_t size = d->config->block_size;
 
     if (s->write)
-        stamp(data, s->block * (size / SECTOR), ++d->last_generation, size / SECTOR);
+        stamp(data, first_sector(d, s->block), ++d->last_generation, size / SECTOR);
     else
         memset(data, 0xa5, size); /* a read that writes nothing is then noticed */
 }
@@ -238,12 +249,13 @@ static inline void send(struct driver *d, uint64_t now)
     s->sent_ns = now;
     s->busy = true;
     r->header.type = s->write ? VIRTIO_BLK_T_OUT : VIRTIO_BLK_T_IN;
-    r->header.sector = s->block * (c->block_size / SECTOR);
+    r->header.sector = first_sector(d, s->block);
     r->status = 0xff;
     if (c->write_percent) {
-        struct vring_desc *data =
-            c->flags & VHOST_LOAD_INDIRECT ? &r->table[1] : &d->ring.desc[3 * i + 1];
-        data->flags = VRING_DESC_F_NEXT | (s->write ? 0 : VRING_DESC_F_WRITE);
+        bool indirect = c->flags & VHOST_LOAD_INDIRECT;
+        struct vring_desc *data = indirect ? &r->table[1] : &d->ring.desc[3 * i + 1];
+        uint16_t *flags = indirect && d->ring.slot ? &data->next : &data->flags;
+        *flags = VRING_DESC_F_NEXT | (s->write ? 0 : VRING_DESC_F_WRITE);
     }
     if (unlikely(d->block_busy != NULL))
         prepare_data(d, s, d->data + (size_t)i * c->block_size);
@@ -263,7 +275,7 @@ static void check(struct driver *d, struct slot *s, uint16_t i)
         d->generation[s->block] = (uint32_t)*(const uint64_t *)data;
     else
         d->result->corrupt +=
-            stamp_errors(data, s->block * sectors, d->generation[s->block], sectors);
+            stamp_errors(data, first_sector(d, s->block), d->generation[s->block], sectors);
 }
 
 /* Takes what is on the used ring. */
@@ -273,7 +285,8 @@ static int reap(struct driver *d, uint64_t now)
     struct vhost_load_result *r = d->result;
 
     for (uint16_t n = driver_ring_pending(&d->ring); n; n--) {
-        uint32_t id = driver_ring_elem(&d->ring, d->ring.used_idx++).id;
+        uint32_t id = driver_ring_elem(&d->ring, d->ring.used_idx).id;
+        driver_ring_next(&d->ring);
         uint32_t i = d->stride == 1 ? id : id / 3;
         if (i >= c->depth || i * d->stride != id || !d->slot[i].busy)
             return -EPROTO;

@@ -1,6 +1,7 @@
-/* The driver's side of a split ring: what is done once a ring or once a batch. */
+/* The driver's side of a ring: what is done once a ring or once a batch. */
 #include "driver_ring.h"
 #include <errno.h>
+#include <stdlib.h>
 #include <sys/eventfd.h>
 
 char *driver_memory_at(const struct driver_memory *memory, uint64_t addr, uint64_t size)
@@ -12,14 +13,50 @@ char *driver_memory_at(const struct driver_memory *memory, uint64_t addr, uint64
     return memory->host + offset;
 }
 
+/* An idle ring's places are where a round ends: whoever wrote there last, driver or device, the
+ * AVAIL bit is the wrap counter of that round. */
+static int open_packed(struct driver_ring *r, const struct driver_memory *memory, uint64_t desc,
+                       uint64_t avail, uint64_t used)
+{
+    if (desc % 16 || avail % 4 || used % 4)
+        return -EINVAL;
+    r->slot = (struct vring_packed_desc *)driver_memory_at(memory, desc, 16ull * r->size);
+    r->driver_event = (uint32_t *)driver_memory_at(memory, avail, sizeof(*r->driver_event));
+    r->device_event = (const uint32_t *)driver_memory_at(memory, used, sizeof(*r->device_event));
+    if (!r->slot || !r->driver_event || !r->device_event)
+        return -EINVAL;
+    r->desc = calloc(r->size, sizeof(*r->desc));
+    if (!r->desc)
+        return -ENOMEM;
+    bool begun = r->slot[0].flags & DRIVER_AVAIL;
+    uint32_t end = 1;
+    while (end < r->size && !(r->slot[end].flags & DRIVER_AVAIL) == !begun)
+        end++;
+    r->fill = (struct driver_place){.at = (uint16_t)(end % r->size), .wrap = begun};
+    if (end == r->size)
+        r->fill.wrap = !begun;
+    r->take = r->unknown = r->fill;
+    r->wish = *r->driver_event;
+    return 0;
+}
+
+void driver_ring_close(struct driver_ring *r)
+{
+    if (r->slot)
+        free(r->desc);
+}
+
 int driver_ring_open(struct driver_ring *r, const struct driver_memory *memory, uint64_t desc,
-                     uint64_t avail, uint64_t used, uint32_t size)
+                     uint64_t avail, uint64_t used, uint32_t size, uint16_t chain)
 {
     if (size == 0 || size > VIRTQUEUE_MAX_SIZE || (size & (size - 1)))
         return -EINVAL;
+    r->size = size;
+    r->chain = chain;
+    if (chain)
+        return open_packed(r, memory, desc, avail, used);
     if (desc % 16 || avail % 2 || used % 4)
         return -EINVAL;
-    r->size = size;
     r->desc = (struct vring_desc *)driver_memory_at(memory, desc, 16ull * size);
     r->avail = (uint16_t *)driver_memory_at(memory, avail, 6 + 2ull * size);
     r->used = (uint16_t *)driver_memory_at(memory, used, 6 + 8ull * size);
@@ -36,12 +73,35 @@ static inline uint16_t avail_event(const struct driver_ring *r)
     return __atomic_load_n((uint16_t *)&r->used_ring[r->size], __ATOMIC_RELAXED);
 }
 
+/* The same as in the split ring below. */
+static bool publish_packed(struct driver_ring *r, uint16_t chains)
+{
+    if (r->first)
+        __atomic_store_n(&r->first->flags, r->first_flags, __ATOMIC_RELEASE);
+    r->first = NULL;
+    atomic_thread_fence(memory_order_seq_cst);
+    uint32_t event = __atomic_load_n(r->device_event, __ATOMIC_RELAXED), flags = event >> 16;
+    if (flags != VRING_PACKED_EVENT_FLAG_DESC)
+        return flags == VRING_PACKED_EVENT_FLAG_ENABLE;
+    /* How far we are beyond the place named, where two rounds have places of their own. */
+    uint32_t round = (bool)(event & 0x8000) == r->fill.wrap ? 0 : r->size;
+    uint32_t beyond = r->fill.at + 2 * r->size - (event & 0x7fff) - round - 1;
+    return beyond % (2 * r->size) < (uint32_t)chains * r->chain;
+}
+
 void driver_ring_publish(struct driver_ring *r)
 {
     uint16_t before = r->published;
     bool kick;
 
     r->published = r->avail_idx;
+    if (r->slot) {
+        if (publish_packed(r, (uint16_t)(r->published - before)) && r->kick_fd >= 0) {
+            eventfd_write(r->kick_fd, 1);
+            r->kicks++;
+        }
+        return;
+    }
     __atomic_store_n(&r->avail[1], r->avail_idx, __ATOMIC_RELEASE);
     /* The index must be visible before the device's wish is read (virtio 1.3, 2.7.13.4.1). */
     atomic_thread_fence(memory_order_seq_cst);

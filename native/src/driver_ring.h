@@ -1,5 +1,5 @@
 /*
- * The driver's side of a split ring, as the load generators use it.
+ * The driver's side of a ring, as the load generators use it.
  *
  * What is made available becomes visible by driver_ring_publish, once a batch: one release store,
  * one full barrier, one look at whether the device wants to be kicked.  What the device has used
@@ -8,11 +8,25 @@
  * Calls are the exception here.  A ring is kept quiet by driver_ring_disarm, called once a batch,
  * and asks for a call by driver_ring_arm, after which the used index must be looked at once more
  * before the thread sleeps.
+ *
+ * A packed ring is used the same way.  Its chains are laid out like those of a split ring, in a
+ * table of our own, and copied into the ring when they are offered; the head is the buffer id.  All
+ * are of one length, so the place of the next used one is known before it is there.  What is
+ * offered becomes visible by the flags of its first descriptor, and what was seen to be used is
+ * counted on from where the count ended.
  */
 #ifndef VHOST_DRIVER_RING_H
 #define VHOST_DRIVER_RING_H
 
 #include "internal.h"
+
+enum { DRIVER_AVAIL = VRING_PACKED_DESC_F_AVAIL, DRIVER_USED = VRING_PACKED_DESC_F_USED };
+
+/* A place in a packed ring, and the wrap counter there. */
+struct driver_place {
+    uint16_t at;
+    bool wrap;
+};
 
 /* Guest memory of one region, as the driver maps it. */
 struct driver_memory {
@@ -22,9 +36,9 @@ struct driver_memory {
 };
 
 struct driver_ring {
-    struct vring_desc *desc;
-    uint16_t *avail; /* flags, idx, ring[size], used_event */
-    uint16_t *used;  /* flags, idx, then elements, then avail_event */
+    struct vring_desc *desc; /* a packed ring's: our own, to be copied from */
+    uint16_t *avail;         /* flags, idx, ring[size], used_event */
+    uint16_t *used;          /* flags, idx, then elements, then avail_event */
     struct vring_used_elem *used_ring;
     uint32_t size;
     uint16_t avail_idx; /* the device sees it as far as it is published */
@@ -33,34 +47,80 @@ struct driver_ring {
     bool event_idx;
     int kick_fd, call_fd; /* or -1 */
     uint64_t kicks;
+
+    /* Packed; slot is NULL where the ring is split. */
+    struct vring_packed_desc *slot;
+    const uint32_t *device_event; /* struct vring_packed_desc_event */
+    uint32_t *driver_event;
+    uint32_t wish;                   /* what stands there */
+    uint16_t chain;                  /* descriptors of each */
+    uint16_t seen;                   /* chains that are used, from `take` on */
+    struct driver_place fill;        /* where the next is offered */
+    struct driver_place take;        /* where the next is used */
+    struct driver_place unknown;     /* where the first is used that was not seen */
+    struct vring_packed_desc *first; /* offered and not yet published: its flags are missing */
+    uint16_t first_flags;
 };
 
 /* The host address of [addr, addr + size), or NULL. */
 char *driver_memory_at(const struct driver_memory *memory, uint64_t addr, uint64_t size);
 
 /* Finds the ring's areas, and sets its indexes to where the ring was left; the rest of `r` is
- * the caller's to set.  -EINVAL: size, alignment (virtio 1.3, section 2.7), an area outside
- * memory, or a ring with chains in flight. */
+ * the caller's to set.  `chain`: the length of each chain, 0 where the ring is split.
+ * -EINVAL: size, alignment (virtio 1.3, sections 2.7 and 2.8), an area outside memory, or a split
+ * ring with chains in flight; -ENOMEM. */
 int driver_ring_open(struct driver_ring *r, const struct driver_memory *memory, uint64_t desc,
-                     uint64_t avail, uint64_t used, uint32_t size);
+                     uint64_t avail, uint64_t used, uint32_t size, uint16_t chain);
+void driver_ring_close(struct driver_ring *r);
 
 /* Makes what was offered since the last time visible, and kicks unless the device asked not to. */
 void driver_ring_publish(struct driver_ring *r);
+
+static inline struct driver_place driver_place_after(const struct driver_ring *r,
+                                                     struct driver_place p, uint32_t n)
+{
+    uint32_t to = p.at + n;
+
+    if (to >= r->size) {
+        to -= r->size;
+        p.wrap = !p.wrap;
+    }
+    p.at = (uint16_t)to;
+    return p;
+}
+
+static inline void driver_ring_copy(struct driver_ring *r, uint16_t head)
+{
+    for (uint16_t k = 0; k < r->chain; k++) {
+        const struct vring_desc *from = &r->desc[head + k];
+        struct vring_packed_desc *to = &r->slot[r->fill.at];
+        uint16_t flags = (uint16_t)(from->flags | (r->fill.wrap ? DRIVER_AVAIL : DRIVER_USED));
+        to->addr = from->addr;
+        to->len = from->len;
+        to->id = head;
+        if (r->first) {
+            __atomic_store_n(&to->flags, flags, __ATOMIC_RELAXED);
+        } else {
+            r->first = to;
+            r->first_flags = flags;
+        }
+        r->fill = driver_place_after(r, r->fill, 1);
+    }
+    r->avail_idx++;
+}
 
 /* Makes a chain available; its entry is written only where the ring does not hold it already, so
  * that a ring that goes round in order stays in both CPUs' caches. */
 static inline void driver_ring_offer(struct driver_ring *r, uint16_t head)
 {
+    if (r->slot) {
+        driver_ring_copy(r, head);
+        return;
+    }
     uint16_t *entry = &r->avail[2 + (r->avail_idx++ & (r->size - 1))];
 
     if (*entry != head)
         *entry = head;
-}
-
-/* How many elements wait on the used ring. */
-static inline uint16_t driver_ring_pending(const struct driver_ring *r)
-{
-    return (uint16_t)(__atomic_load_n(&r->used[1], __ATOMIC_ACQUIRE) - r->used_idx);
 }
 
 /* Published and not yet taken back: the device cannot have used more. */
@@ -69,13 +129,63 @@ static inline uint16_t driver_ring_in_flight(const struct driver_ring *r)
     return (uint16_t)(r->published - r->used_idx);
 }
 
+static inline uint16_t driver_ring_look(struct driver_ring *r)
+{
+    while (r->seen < driver_ring_in_flight(r)) {
+        uint16_t flags = __atomic_load_n(&r->slot[r->unknown.at].flags, __ATOMIC_ACQUIRE);
+        uint16_t used = r->unknown.wrap ? DRIVER_AVAIL | DRIVER_USED : 0;
+        if ((flags & (DRIVER_AVAIL | DRIVER_USED)) != used)
+            break;
+        r->unknown = driver_place_after(r, r->unknown, r->chain);
+        r->seen++;
+    }
+    return r->seen;
+}
+
+/* How many elements wait on the used ring. */
+static inline uint16_t driver_ring_pending(struct driver_ring *r)
+{
+    if (r->slot)
+        return driver_ring_look(r);
+    return (uint16_t)(__atomic_load_n(&r->used[1], __ATOMIC_ACQUIRE) - r->used_idx);
+}
+
+/* The place of a chain that is used, or will be, by its used index. */
+static inline struct driver_place driver_ring_place(const struct driver_ring *r, uint16_t idx)
+{
+    return driver_place_after(r, r->take, (uint32_t)(uint16_t)(idx - r->used_idx) * r->chain);
+}
+
 /* A copy, read once: the device may go on writing there. */
 static inline struct vring_used_elem driver_ring_elem(const struct driver_ring *r, uint16_t idx)
 {
+    if (r->slot) {
+        const struct vring_packed_desc *d = &r->slot[driver_ring_place(r, idx).at];
+        return (struct vring_used_elem){.id = __atomic_load_n(&d->id, __ATOMIC_RELAXED),
+                                        .len = __atomic_load_n(&d->len, __ATOMIC_RELAXED)};
+    }
     const struct vring_used_elem *elem = &r->used_ring[idx & (r->size - 1)];
 
     return (struct vring_used_elem){.id = __atomic_load_n(&elem->id, __ATOMIC_RELAXED),
                                     .len = __atomic_load_n(&elem->len, __ATOMIC_RELAXED)};
+}
+
+/* The next element was taken. */
+static inline void driver_ring_next(struct driver_ring *r)
+{
+    if (r->slot) {
+        r->take = driver_place_after(r, r->take, r->chain);
+        r->seen--;
+    }
+    r->used_idx++;
+}
+
+static inline void driver_ring_wish(struct driver_ring *r, uint32_t wish)
+{
+    if (r->wish == wish)
+        return;
+    r->wish = wish;
+    __atomic_store_n(r->driver_event, wish, __ATOMIC_RELAXED);
 }
 
 static inline uint16_t *driver_ring_used_event(struct driver_ring *r)
@@ -86,7 +196,11 @@ static inline uint16_t *driver_ring_used_event(struct driver_ring *r)
 /* Asks for a call when the device's used index moves past `seen`. */
 static inline void driver_ring_arm(struct driver_ring *r, uint16_t seen)
 {
-    if (r->event_idx)
+    if (r->slot) {
+        struct driver_place p = driver_ring_place(r, seen);
+        uint32_t desc = (uint32_t)VRING_PACKED_EVENT_FLAG_DESC << 16;
+        driver_ring_wish(r, r->event_idx ? desc | (uint32_t)p.wrap << 15 | p.at : 0);
+    } else if (r->event_idx)
         __atomic_store_n(driver_ring_used_event(r), seen, __ATOMIC_RELAXED);
     else
         __atomic_store_n(&r->avail[0], 0, __ATOMIC_RELAXED);
@@ -96,7 +210,9 @@ static inline void driver_ring_arm(struct driver_ring *r, uint16_t seen)
  * kept far. */
 static inline void driver_ring_disarm(struct driver_ring *r)
 {
-    if (!r->event_idx) {
+    if (r->slot) {
+        driver_ring_wish(r, (uint32_t)VRING_PACKED_EVENT_FLAG_DISABLE << 16);
+    } else if (!r->event_idx) {
         if (!__atomic_load_n(&r->avail[0], __ATOMIC_RELAXED))
             __atomic_store_n(&r->avail[0], VRING_AVAIL_F_NO_INTERRUPT, __ATOMIC_RELAXED);
     } else if ((uint16_t)(*driver_ring_used_event(r) - r->used_idx) < 0x4000) {

@@ -1,13 +1,16 @@
 /*
  * What the rooms of libvhost know of each other.
  *
- *   memory.c      regions, lookup, SIGBUS               ring_split.c  the split virtqueue
- *   events.c      iothread -> control thread            queue.c       life of a served queue
+ *   memory.c      regions, lookup, SIGBUS               queue.c       life of a served queue
+ *   events.c      iothread -> control thread            ring_*.c      split and packed virtqueues
  *   iothread*.c   the loop: messages, kicks, polling    device.c      counters, devices
  *   blk*.c        the block device                      net*.c        the net device
+ *   batch.c       devices that the control thread works for
+ *   log.c         which pages were written              inflight*.c   which chains are out
+ *   chain.c       what both layouts share               order.c       used as made available
  *
  * And beside them the driver's side, for measuring and for tests:
- *   driver_ring.c a split ring as its driver has it     driver.c      block requests
+ *   driver_ring.c a ring as its driver has it           driver.c      block requests
  *   ping.c        the distance of two CPUs              net_driver*.c packets
  *
  * Ownership.  A queue belongs to the control thread until vhost_queue_start posts it, then to
@@ -60,6 +63,7 @@ struct vhost_region {
     char *host; /* host address of guest_addr */
     void *map;  /* what was mapped: page-aligned around it */
     size_t map_len;
+    bool copy; /* private: what is written stays here */
     atomic_uint refs;
     atomic_bool broken; /* its file was truncated under us; set by the SIGBUS handler */
 };
@@ -67,6 +71,7 @@ struct vhost_region {
 struct vhost_memory {
     atomic_uint refs;
     uint32_t count;
+    struct vhost_region **by_host; /* the same, sorted by host */
     struct vhost_region *region[]; /* sorted by guest_addr */
 };
 
@@ -90,24 +95,111 @@ static inline struct vhost_region *memory_find(const struct vhost_memory *memory
 /* Rises with every SIGBUS that was absorbed; queues compare it to notice one cheaply. */
 extern atomic_uint memory_faults;
 bool memory_is_broken(const struct vhost_memory *memory);
+/* The guest address of what lies at `host`, in one of the regions.  `hint`: of a search of its own,
+ * the index in by_host to try first, updated. */
+uint64_t memory_guest_addr(const struct vhost_memory *memory, const void *host, uint32_t *hint);
+
+/* ---- log.c ---- */
+
+struct vhost_log {
+    atomic_uint refs;
+    struct vhost_region *region; /* NULL: the bits are ours alone */
+    uint8_t *bits;
+    uint64_t size; /* bytes */
+};
+
+struct vhost_queue;
+
+void log_ref(struct vhost_log *log);
+bool log_is_broken(const struct vhost_log *log);
+/* Sets the bits of [guest_addr, guest_addr + len), which the device has written, len > 0.  What
+ * tells the driver of it comes afterwards.  These two need q->log; callers look first. */
+void log_mark(struct vhost_queue *q, uint64_t guest_addr, uint64_t len);
+/* The same for the first `len` bytes of buffers that were popped. */
+void log_written(struct vhost_queue *q, const struct iovec *iov, uint32_t n, uint64_t len);
+
+/* ---- inflight.c ---- */
+
+struct tracker;
+
+/* Has the chains of `q`, which is not running yet, noted in `region`, and the queue go on from
+ * what stands there. Errors: as vhost_queue_new; nothing has changed then. */
+int inflight_open(struct vhost_queue *q, struct vhost_inflight *region);
+void inflight_close(struct vhost_queue *q);
+bool inflight_is_broken(const struct tracker *t);
+
+/* ---- order.c ---- */
+
+struct order;
+
+/* Has the chains of `q`, which is not running yet, used in order. -ENOMEM. */
+int order_open(struct vhost_queue *q);
+void order_close(struct vhost_queue *q);
 
 /* ---- events.c ---- */
 
 void events_post(struct vhost_events *events, const struct vhost_event *event);
 
-/* ---- the split ring (ring_split.c) ---- */
+/* ---- rings: one interface (here) to two layouts (ring_split.c, ring_packed.c) ---- */
+
+struct vhost_queue;
+struct chain;
+
+/* A layout's half of the functions below the queue.  Each ring has a copy: one load less a call,
+ * and what only some queues need (inflight.c, order.c) puts functions of its own before the
+ * layout's. */
+struct ring_layout {
+    int (*map)(struct vhost_queue *q);
+    int (*resume)(struct vhost_queue *q, uint32_t next_index);
+    uint32_t (*next_index)(const struct vhost_queue *q);
+    uint32_t (*pending)(struct vhost_queue *q);
+    bool (*pop)(struct vhost_queue *q, struct chain *chain);
+    void (*unpop)(struct vhost_queue *q, uint16_t head);
+    void (*push)(struct vhost_queue *q, uint16_t head, uint32_t len);
+    /* IN_ORDER: a push of which the one before, not shown yet, tells as well; or NULL. */
+    void (*join)(struct vhost_queue *q, uint16_t head, uint32_t len);
+    void (*show)(struct vhost_queue *q);
+    void (*publish)(struct vhost_queue *q);
+    void (*disarm)(struct vhost_queue *q);
+    bool (*arm)(struct vhost_queue *q);
+};
+
+extern const struct ring_layout ring_split, ring_packed;
 
 struct ring {
-    const struct vring_desc *desc;
-    uint16_t *avail; /* flags, idx, ring[size], used_event */
-    uint16_t *used;  /* flags, idx, then elements, then avail_event */
-    struct vring_used_elem *used_ring;
+    struct ring_layout layout;
+    bool packed;
     uint16_t size;
     uint16_t next_avail;
     uint16_t used_idx;
-    uint16_t called_idx; /* used_idx when call was last considered */
     bool event_idx;
     bool indirect;
+    union {
+        struct { /* split: indexes count up to 65535 */
+            const struct vring_desc *desc;
+            uint16_t *avail; /* flags, idx, ring[size], used_event */
+            uint16_t *used;  /* flags, idx, then elements, then avail_event */
+            struct vring_used_elem *used_ring;
+            const uint16_t *heads; /* avail's ring, or, before it, what is popped once more */
+            uint16_t called_idx;   /* used_idx when call was last considered */
+        };
+        struct { /* packed: indexes are places in the ring */
+            struct vring_packed_desc *slot;
+            const struct vring_packed_desc
+                *offered;                 /* slot, or, before it, what is popped once more */
+            const uint32_t *driver_event; /* struct vring_packed_desc_event */
+            uint32_t *device_event;
+            uint32_t taken;       /* descriptors in flight */
+            uint16_t avail_bits;  /* flags of what is available at next_avail */
+            uint16_t used_bits;   /* flags of what is used at used_idx */
+            uint16_t first;       /* the first used descriptor that is not shown ... */
+            uint16_t first_flags; /* ... and its flags, which will show it */
+            uint32_t unshown;     /* descriptors, from there to used_idx */
+            uint32_t uncalled;    /* since call was last considered */
+            uint16_t last;        /* IN_ORDER: the used descriptor that was written last ... */
+            uint16_t last_bits;   /* ... and the used bits there */
+        };
+    };
 };
 
 /* One popped chain.  The iovecs point into guest memory and are valid until the next pop. */
@@ -118,33 +210,8 @@ struct chain {
     uint64_t readable_len;
     uint64_t writable_len;
     uint32_t splits; /* iovecs more than descriptors: buffers over two regions */
-    uint16_t head;
+    uint16_t head;   /* names it while it is in flight, less than the ring's size */
 };
-
-struct vhost_queue;
-
-/* Finds the three ring areas of `q` in its memory. -EINVAL: alignment; -EFAULT: not mapped. */
-int ring_map(struct vhost_queue *q);
-/* Goes on where the ring says that it was left.  Only the avail index is the front-end's to tell
- * (vhost-user, SET_VRING_BASE); after a server died even that may count chains that were lost,
- * which a device that completes in order finds again. */
-void ring_resume(struct vhost_queue *q);
-/* How many chains wait.  A guest that broke the index breaks the ring: returns 0. */
-uint32_t ring_pending(struct vhost_queue *q);
-/* Pops the next chain.  False: the ring broke (queue_break was called). Needs ring_pending() > 0.
- */
-bool ring_pop(struct vhost_queue *q, struct chain *chain);
-/* Un-pops the chain popped last (again and again, newest first): it was only looked at. */
-void ring_unpop(struct vhost_queue *q, uint16_t head);
-/* Puts a chain on the used ring.  The iothread publishes once a pass. */
-void ring_push(struct vhost_queue *q, uint16_t head, uint32_t len);
-/* Makes pushed chains visible now, without a call: for a driver that polls. */
-void ring_show(struct vhost_queue *q);
-/* Makes pushed chains visible and calls the guest if it wants to be called (iothread only). */
-void ring_publish(struct vhost_queue *q);
-/* Asks the guest (not) to kick.  ring_arm returns true if work came in meanwhile. */
-void ring_disarm(struct vhost_queue *q);
-bool ring_arm(struct vhost_queue *q);
 
 /* ---- queue.c ---- */
 
@@ -155,7 +222,8 @@ enum queue_op {
     QUEUE_ERR,
     QUEUE_KICK,
     QUEUE_ENABLE,
-    QUEUE_MEMORY
+    QUEUE_MEMORY,
+    QUEUE_LOG
 };
 
 /* A control message; also what waits in a queue until it has drained. */
@@ -167,7 +235,10 @@ struct queue_message {
     uint64_t token;
     int fd;
     bool enabled;
+    bool suspend; /* of STOP: what has not begun stays noted */
     struct vhost_memory *memory;
+    struct vhost_log *log;
+    uint64_t log_used;
 };
 
 struct vhost_queue {
@@ -175,6 +246,11 @@ struct vhost_queue {
     struct vhost_memory *memory;
     uint32_t memory_hint;
     uint32_t faults_seen; /* of memory_faults */
+    uint32_t log_hint;
+    struct vhost_log *log;   /* NULL: nothing is logged */
+    uint64_t log_used;       /* where the used ring is logged, or UINT64_MAX */
+    struct tracker *tracker; /* NULL: nobody notes what is in flight */
+    struct order *order;     /* NULL: chains are used in any order */
     struct vhost_device *device;
     const struct device_ops *ops;
     struct vhost_stats *stats;
@@ -187,6 +263,7 @@ struct vhost_queue {
     bool broken;
     bool polling;  /* in the iothread's polling set, notifications off */
     bool dirty;    /* pushed since the last publish */
+    bool leaving;  /* it is being suspended: chains may stay in flight */
     bool no_kicks; /* the device waits for something else: sleep with notifications off */
     int kick_fd, call_fd, err_fd;
     bool call_blocks;   /* call_fd lacks O_NONBLOCK */
@@ -204,19 +281,98 @@ struct vhost_queue {
     struct iovec *iov; /* scratch of ring_pop */
     uint32_t iov_max;
     uint32_t chain_max;       /* descriptors */
-    uint64_t *busy;           /* bitmap of heads in flight */
+    uint64_t *busy;           /* split: bitmap of heads in flight */
+    uint16_t *lengths;        /* packed: descriptors of chains in flight, by buffer id; 0: none */
     struct vring_desc *table; /* scratch: an indirect table that straddles two regions */
 };
+
+/* Finds the three ring areas of `q` in its memory. -EINVAL: alignment; -EFAULT: not mapped. */
+static inline int ring_map(struct vhost_queue *q)
+{
+    return q->ring.layout.map(q);
+}
+
+/* Goes on where the front-end says that the ring was left.  A split ring knows the used index
+ * itself.  After a server died the avail index may count chains that were lost, which a device that
+ * completes in order finds again.  -EINVAL: no index of such a ring. */
+static inline int ring_resume(struct vhost_queue *q, uint32_t next_index)
+{
+    return q->ring.layout.resume(q, next_index);
+}
+
+/* Where to go on, in the format of struct vhost_queue_config. */
+static inline uint32_t ring_next_index(const struct vhost_queue *q)
+{
+    return q->ring.layout.next_index(q);
+}
+
+/* 0, or how many chains wait at most: a packed ring tells only whether one does.  A guest that
+ * broke the index breaks the ring: 0. */
+static inline uint32_t ring_pending(struct vhost_queue *q)
+{
+    return q->ring.layout.pending(q);
+}
+
+/* Pops the next chain.  False: there is none, or the ring broke (queue_break was called). Needs
+ * ring_pending() > 0, and no more pops than that. */
+static inline bool ring_pop(struct vhost_queue *q, struct chain *chain)
+{
+    return q->ring.layout.pop(q, chain);
+}
+
+/* Un-pops the chain popped last (again and again, newest first): it was only looked at. */
+static inline void ring_unpop(struct vhost_queue *q, uint16_t head)
+{
+    q->ring.layout.unpop(q, head);
+}
+
+/* Puts a chain on the used ring.  The iothread publishes once a pass. */
+static inline void ring_push(struct vhost_queue *q, uint16_t head, uint32_t len)
+{
+    q->ring.layout.push(q, head, len);
+}
+
+/* Makes pushed chains visible now, without a call: for a driver that polls. */
+static inline void ring_show(struct vhost_queue *q)
+{
+    q->ring.layout.show(q);
+}
+
+/* Makes pushed chains visible and calls the guest if it wants to be called (iothread only). */
+static inline void ring_publish(struct vhost_queue *q)
+{
+    q->ring.layout.publish(q);
+}
+
+/* Asks the guest (not) to kick.  ring_arm returns true if work came in meanwhile. */
+static inline void ring_disarm(struct vhost_queue *q)
+{
+    q->ring.layout.disarm(q);
+}
+
+static inline bool ring_arm(struct vhost_queue *q)
+{
+    return q->ring.layout.arm(q);
+}
 
 /* The guest's fault: this ring stops until it is set up anew; err fd and event tell of it. */
 void queue_break(struct vhost_queue *q, enum vhost_fault fault);
 /* Called by the iothread. */
 void queue_handle(struct queue_message *message);
 void queue_settle(struct vhost_queue *q); /* finishes a drain when nothing is in flight */
+/* True until all that an earlier server had popped was popped again: a drain waits for it. */
+bool queue_resumes(const struct vhost_queue *q);
+
 /* True while the device may pop: not broken, not draining. */
 static inline bool queue_may_pop(const struct vhost_queue *q)
 {
-    return !q->broken && !q->draining;
+    return !q->broken && (!q->draining || (queue_resumes(q) && !q->leaving));
+}
+
+/* True while the chain of this head, or buffer id, is in flight. */
+static inline bool queue_holds(const struct vhost_queue *q, uint32_t head)
+{
+    return q->ring.packed ? q->lengths[head] != 0 : q->busy[head / 64] >> head % 64 & 1;
 }
 
 static inline void count(struct vhost_queue *q, enum vhost_counter c, uint64_t n)
@@ -282,10 +438,18 @@ struct device_ops {
     void (*detach)(struct vhost_queue *q);  /* nothing is in flight; may be NULL */
     bool (*service)(struct vhost_queue *q); /* one pass; true if anything was done */
     void (*quiesce)(struct vhost_queue *q); /* a drain begins: give back what was only looked at */
+    void (*recall)(struct vhost_queue *q);  /* has what has not begun end undone; may be NULL */
     void (*free)(struct vhost_device *device);
     bool in_order;      /* chains are completed in the order in which they were made available */
+    bool tracked;       /* chains may be noted in an in-flight region: none is ever un-popped */
     uint32_t chain_max; /* chains longer than this and than the ring break it */
 };
+
+/* Its used index tells what is in flight: all that was made available behind it. */
+static inline bool queue_is_in_order(const struct vhost_queue *q)
+{
+    return q->ops->in_order || has_bit(q->features, VIRTIO_F_IN_ORDER);
+}
 
 struct vhost_device {
     const struct device_ops *ops;

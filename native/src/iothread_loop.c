@@ -160,7 +160,8 @@ static bool serve_polling(struct vhost_iothread *t)
         uint32_t faults = atomic_load_explicit(&memory_faults, memory_order_relaxed);
         if (unlikely(q->faults_seen != faults)) {
             q->faults_seen = faults;
-            if (memory_is_broken(q->memory))
+            if (memory_is_broken(q->memory) || log_is_broken(q->log) ||
+                inflight_is_broken(q->tracker))
                 queue_break(q, VHOST_FAULT_MEMORY);
         }
     }

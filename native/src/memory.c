@@ -23,7 +23,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-#define LIVE_MAX 16384
+#define LIVE_MAX 65536 /* as many mappings as Linux gives a process (vm.max_map_count) */
 
 static _Atomic(struct vhost_region *) live[LIVE_MAX];
 static atomic_uint live_end; /* slots at and past this one were never used */
@@ -73,7 +73,8 @@ static int live_add(struct vhost_region *r)
 {
     for (unsigned i = 0; i < LIVE_MAX; i++) {
         struct vhost_region *none = NULL;
-        if (atomic_compare_exchange_strong(&live[i], &none, r)) {
+        if (!atomic_load_explicit(&live[i], memory_order_relaxed) &&
+            atomic_compare_exchange_strong(&live[i], &none, r)) {
             unsigned end = atomic_load(&live_end);
             while (end < i + 1 && !atomic_compare_exchange_weak(&live_end, &end, i + 1))
                 ;
@@ -87,7 +88,8 @@ static void live_remove(struct vhost_region *r)
 {
     for (unsigned i = 0; i < LIVE_MAX; i++) {
         struct vhost_region *mine = r;
-        if (atomic_compare_exchange_strong(&live[i], &mine, NULL))
+        if (atomic_load_explicit(&live[i], memory_order_relaxed) == r &&
+            atomic_compare_exchange_strong(&live[i], &mine, NULL))
             return;
     }
 }
@@ -103,8 +105,8 @@ static uint64_t file_page_size(int fd)
     return (uint64_t)sysconf(_SC_PAGESIZE);
 }
 
-int vhost_region_map(int fd, uint64_t offset, uint64_t guest_addr, uint64_t size,
-                     struct vhost_region **out)
+static int region_map(int fd, uint64_t offset, uint64_t guest_addr, uint64_t size, int sharing,
+                      struct vhost_region **out)
 {
     struct stat st;
     uint64_t end;
@@ -127,7 +129,7 @@ int vhost_region_map(int fd, uint64_t offset, uint64_t guest_addr, uint64_t size
     struct vhost_region *r = calloc(1, sizeof(*r));
     if (!r)
         return -ENOMEM;
-    r->map = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, (off_t)start);
+    r->map = mmap(NULL, len, PROT_READ | PROT_WRITE, sharing | MAP_NORESERVE, fd, (off_t)start);
     if (r->map == MAP_FAILED) {
         int err = -errno;
         free(r);
@@ -135,6 +137,7 @@ int vhost_region_map(int fd, uint64_t offset, uint64_t guest_addr, uint64_t size
     }
     madvise(r->map, len, MADV_DONTDUMP);
     r->map_len = len;
+    r->copy = sharing == MAP_PRIVATE;
     r->host = (char *)r->map + (offset - start);
     r->guest_addr = guest_addr;
     r->size = size;
@@ -148,6 +151,18 @@ int vhost_region_map(int fd, uint64_t offset, uint64_t guest_addr, uint64_t size
     }
     *out = r;
     return 0;
+}
+
+int vhost_region_map(int fd, uint64_t offset, uint64_t guest_addr, uint64_t size,
+                     struct vhost_region **out)
+{
+    return region_map(fd, offset, guest_addr, size, MAP_SHARED, out);
+}
+
+int vhost_region_map_copy(int fd, uint64_t offset, uint64_t guest_addr, uint64_t size,
+                          struct vhost_region **out)
+{
+    return region_map(fd, offset, guest_addr, size, MAP_PRIVATE, out);
 }
 
 void vhost_region_unref(struct vhost_region *r)
@@ -166,17 +181,27 @@ static int by_guest_addr(const void *a, const void *b)
     return ((*x)->guest_addr > (*y)->guest_addr) - ((*x)->guest_addr < (*y)->guest_addr);
 }
 
+static int by_host_addr(const void *a, const void *b)
+{
+    const struct vhost_region *const *x = a, *const *y = b;
+
+    return ((*x)->host > (*y)->host) - ((*x)->host < (*y)->host);
+}
+
 int vhost_memory_new(struct vhost_region **regions, uint32_t count, struct vhost_memory **out)
 {
-    struct vhost_memory *m = calloc(1, sizeof(*m) + count * sizeof(m->region[0]));
+    struct vhost_memory *m = calloc(1, sizeof(*m) + 2 * count * sizeof(m->region[0]));
 
     if (!m)
         return -ENOMEM;
     atomic_init(&m->refs, 1);
     m->count = count;
+    m->by_host = m->region + count;
     if (count) {
         memcpy(m->region, regions, count * sizeof(m->region[0]));
+        memcpy(m->by_host, regions, count * sizeof(m->region[0]));
         qsort(m->region, count, sizeof(m->region[0]), by_guest_addr);
+        qsort(m->by_host, count, sizeof(m->region[0]), by_host_addr);
     }
     for (uint32_t i = 1; i < count; i++) {
         if (m->region[i - 1]->guest_addr + m->region[i - 1]->size > m->region[i]->guest_addr) {
@@ -231,6 +256,28 @@ bool memory_is_broken(const struct vhost_memory *m)
     return false;
 }
 
+static inline bool lies_in(const struct vhost_region *r, const void *host)
+{
+    return (uintptr_t)host - (uintptr_t)r->host < r->size;
+}
+
+uint64_t memory_guest_addr(const struct vhost_memory *m, const void *host, uint32_t *hint)
+{
+    uint32_t at = *hint, low = 0, high = m->count;
+
+    while (at >= m->count || !lies_in(m->by_host[at], host)) {
+        if (low == high)
+            abort(); /* ring_pop took it from there */
+        at = (low + high) / 2;
+        if ((const char *)host < m->by_host[at]->host)
+            high = at;
+        else
+            low = at + 1;
+    }
+    *hint = at;
+    return m->by_host[at]->guest_addr + ((uintptr_t)host - (uintptr_t)m->by_host[at]->host);
+}
+
 void *vhost_memory_translate(const struct vhost_memory *m, uint64_t addr, uint64_t size)
 {
     uint32_t hint = 0;
@@ -239,4 +286,18 @@ void *vhost_memory_translate(const struct vhost_memory *m, uint64_t addr, uint64
     if (!r || size > r->size - (addr - r->guest_addr))
         return NULL;
     return r->host + (addr - r->guest_addr);
+}
+
+int vhost_memory_discard(const struct vhost_memory *m, uint64_t addr, uint64_t size)
+{
+    uint32_t hint = 0;
+    char *host = vhost_memory_translate(m, addr, size);
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+
+    if (!host)
+        return -EFAULT;
+    if ((uintptr_t)host % page || size % page)
+        return -EINVAL;
+    int advice = memory_find(m, addr, &hint)->copy ? MADV_DONTNEED : MADV_REMOVE;
+    return size && madvise(host, size, advice) < 0 ? -errno : 0;
 }

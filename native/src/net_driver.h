@@ -78,7 +78,7 @@ static inline bool port_take(struct vhost_packet_port *p, struct vring_used_elem
     p->rx_held[elem->id] = false;
     p->rx_offers[p->rx.avail_idx & (p->rx.size - 1)] = (uint16_t)elem->id;
     driver_ring_offer(&p->rx, (uint16_t)elem->id);
-    p->rx.used_idx++;
+    driver_ring_next(&p->rx);
     return true;
 }
 

@@ -18,11 +18,14 @@ static uint32_t stride_of(uint32_t size)
 }
 
 static int ring_open(struct driver_ring *r, const struct vhost_packet_ring *config,
-                     const struct driver_memory *memory, bool event_idx)
+                     const struct driver_memory *memory, uint32_t flags)
 {
-    r->event_idx = event_idx;
+    bool packed = flags & VHOST_PACKET_PACKED;
+
+    r->event_idx = flags & VHOST_PACKET_EVENT_IDX;
     r->kick_fd = r->call_fd = -1;
-    int err = driver_ring_open(r, memory, config->desc, config->avail, config->used, config->size);
+    int err = driver_ring_open(r, memory, config->desc, config->avail, config->used, config->size,
+                               packed ? 1 : 0);
     if (!err && config->kick_fd >= 0) {
         r->kick_fd = fcntl(config->kick_fd, F_DUPFD_CLOEXEC, 0);
         err = r->kick_fd < 0 ? -errno : 0;
@@ -36,6 +39,7 @@ static int ring_open(struct driver_ring *r, const struct vhost_packet_ring *conf
 
 static void ring_close(struct driver_ring *r)
 {
+    driver_ring_close(r);
     if (r->kick_fd >= 0)
         close(r->kick_fd);
     if (r->call_fd >= 0)
@@ -78,7 +82,8 @@ int vhost_packet_port_new(const struct vhost_packet_port_config *c, struct vhost
     struct vhost_packet_port *p;
     int err;
 
-    if (c->flags & ~(uint32_t)(VHOST_PACKET_EVENT_IDX | VHOST_PACKET_MERGEABLE) ||
+    if (c->flags &
+            ~(uint32_t)(VHOST_PACKET_EVENT_IDX | VHOST_PACKET_MERGEABLE | VHOST_PACKET_PACKED) ||
         c->header_len > VHOST_PACKET_HEADER_MAX || (c->header_len && !c->header) ||
         c->rx_buffer_size < NET_HEADER_MAX + VHOST_PACKET_MIN ||
         c->rx_buffer_size > NET_HEADER_MAX + VHOST_PACKET_MAX || c->buffers % LINE)
@@ -96,9 +101,9 @@ int vhost_packet_port_new(const struct vhost_packet_port_config *c, struct vhost
     if (c->header_len)
         memcpy(p->prefix + NET_HEADER_MAX, c->header, c->header_len);
     p->tx.kick_fd = p->tx.call_fd = -1;
-    err = ring_open(&p->rx, &c->rx, &memory, c->flags & VHOST_PACKET_EVENT_IDX);
+    err = ring_open(&p->rx, &c->rx, &memory, c->flags);
     if (!err)
-        err = ring_open(&p->tx, &c->tx, &memory, c->flags & VHOST_PACKET_EVENT_IDX);
+        err = ring_open(&p->tx, &c->tx, &memory, c->flags);
     if (!err)
         err = lay_out(p, c, &memory);
     if (err) {
@@ -158,7 +163,8 @@ int port_reclaim(struct vhost_packet_port *p)
     if (n > driver_ring_in_flight(&p->tx))
         return port_break(p);
     for (uint16_t i = 0; i < n; i++) {
-        uint32_t id = driver_ring_elem(&p->tx, p->tx.used_idx++).id;
+        uint32_t id = driver_ring_elem(&p->tx, p->tx.used_idx).id;
+        driver_ring_next(&p->tx);
         if (id >= p->tx_slots || !p->tx_held[id])
             return port_break(p);
         p->tx_held[id] = false;

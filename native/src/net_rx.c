@@ -151,7 +151,7 @@ static bool window_fill(struct vhost_queue *q, struct net_rx *rx)
         return true;
     for (uint32_t pending = ring_pending(q); pending && window_wants_more(rx); pending--) {
         if (!ring_pop(q, &c))
-            return false;
+            break;
         /* virtio 1.3, section 5.1.6.3: writable, and room for the header at least; a buffer that
          * cannot be merged must have room for a frame as well. */
         bool useless = c.readable || c.writable > WINDOW_IOVS ||
@@ -184,6 +184,8 @@ static bool window_fill(struct vhost_queue *q, struct net_rx *rx)
 /* The window cannot hold the frame that was read. */
 static void drop_frame(struct vhost_queue *q, struct net_rx *rx)
 {
+    if (unlikely(q->log))
+        log_written(q, &rx->iov[rx->first_iov], rx->num_iovs, rx->room);
     count(q, VHOST_COUNTER_DROPS_NOBUF, 1);
     for (uint32_t i = 0; i < rx->num_buffers; i++)
         ring_push(q, rx->buffer[rx->first_buffer + i].head, 0);
@@ -218,6 +220,8 @@ static void deliver_frame(struct vhost_queue *q, struct net_rx *rx, uint32_t len
     }
     if (rx->header_len == sizeof(struct virtio_net_hdr))
         put_num_buffers(q, rx, (uint16_t)useful);
+    if (unlikely(q->log))
+        log_written(q, &rx->iov[rx->first_iov], rx->num_iovs, len);
     count(q, VHOST_COUNTER_PACKETS, 1);
     count(q, VHOST_COUNTER_BYTES_READ, len - rx->header_len);
 
@@ -329,8 +333,12 @@ void net_rx_quiesce(struct vhost_queue *q)
 {
     struct net_rx *rx = q->state;
 
-    if (rx->held)
+    if (rx->held) {
+        /* A part of it lies in buffers that the guest still has available. */
+        if (unlikely(q->log))
+            log_written(q, &rx->iov[rx->first_iov], rx->held_iovs, rx->held);
         count(q, VHOST_COUNTER_DROPS_NOBUF, 1);
+    }
     rx->held = 0;
     while (rx->num_buffers)
         ring_unpop(q, rx->buffer[rx->first_buffer + --rx->num_buffers].head);

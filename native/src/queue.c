@@ -57,14 +57,24 @@ static int queue_init(struct vhost_queue *q, const struct vhost_queue_config *co
     int err = ring_map(q);
     if (err < 0)
         return err;
-    ring_resume(q);
+    err = ring_resume(q, config->next_index);
+    if (err < 0)
+        return err;
     q->chain_max = q->ops->chain_max > q->ring.size ? q->ops->chain_max : q->ring.size;
     q->iov_max = q->chain_max + IOV_SLACK;
     q->iov = calloc(q->iov_max, sizeof(*q->iov));
     q->table = calloc(q->chain_max, sizeof(*q->table));
-    q->busy = calloc((q->ring.size + 63u) / 64, sizeof(*q->busy));
-    if (!q->iov || !q->table || !q->busy)
+    if (q->ring.packed)
+        q->lengths = calloc(q->ring.size, sizeof(*q->lengths));
+    else
+        q->busy = calloc((q->ring.size + 63u) / 64, sizeof(*q->busy));
+    if (!q->iov || !q->table || (!q->busy && !q->lengths))
         return -ENOMEM;
+    if (config->inflight && (err = inflight_open(q, config->inflight)) < 0)
+        return err;
+
+    if (has_bit(q->features, VIRTIO_F_IN_ORDER) && (err = order_open(q)) < 0)
+        return err;
 
     int kick = dup_fd(config->kick_fd), call = dup_fd(config->call_fd),
         error = dup_fd(config->err_fd);
@@ -84,26 +94,35 @@ static void queue_destroy(struct vhost_queue *q)
     close_fd(&q->call_fd);
     close_fd(&q->err_fd);
     vhost_memory_unref(q->memory);
+    vhost_log_unref(q->log);
+    inflight_close(q);
+    order_close(q);
     free(q->iov);
     free(q->table);
     free(q->busy);
+    free(q->lengths);
     free(q);
 }
 
 int vhost_queue_new(const struct vhost_queue_config *config, struct vhost_device *device,
                     struct vhost_memory *memory, struct vhost_queue **out)
 {
+    bool packed = has_bit(config->features, VIRTIO_F_RING_PACKED);
     uint32_t size = config->size;
 
     if (config->index >= device->num_queues)
         return -ERANGE;
-    if (size == 0 || size > VIRTQUEUE_MAX_SIZE || (size & (size - 1)))
+    /* Only split rings have a power of 2 (virtio 1.3, sections 2.7 and 2.8.10.1). */
+    if (size == 0 || size > VIRTQUEUE_MAX_SIZE || (!packed && (size & (size - 1))))
         return -EINVAL;
     struct vhost_queue *q = calloc(1, sizeof(*q));
     if (!q)
         return -ENOMEM;
     memory_ref(memory);
     q->memory = memory;
+    log_ref(config->log);
+    q->log = config->log;
+    q->log_used = config->log_used;
     q->faults_seen = atomic_load(&memory_faults);
     q->device = device;
     q->ops = device->ops;
@@ -117,8 +136,9 @@ int vhost_queue_new(const struct vhost_queue_config *config, struct vhost_device
     q->avail_addr = config->avail;
     q->used_addr = config->used;
     q->ring = (struct ring){
+        .layout = packed ? ring_packed : ring_split,
+        .packed = packed,
         .size = (uint16_t)size,
-        .next_avail = config->next_index,
         .event_idx = has_bit(config->features, VIRTIO_F_EVENT_IDX),
         .indirect = has_bit(config->features, VIRTIO_F_INDIRECT_DESC),
     };
@@ -149,6 +169,10 @@ void queue_break(struct vhost_queue *q, enum vhost_fault fault)
     /* What was read out of memory that went away looks like many faults, but it is one. */
     if (memory_is_broken(q->memory))
         fault = VHOST_FAULT_MEMORY;
+    else if (log_is_broken(q->log))
+        fault = VHOST_FAULT_LOG;
+    else if (inflight_is_broken(q->tracker))
+        fault = VHOST_FAULT_INFLIGHT;
     count(q, VHOST_COUNTER_BREAKS, 1);
     signal_fd(q->err_fd);
     struct vhost_event event = {.kind = VHOST_EVENT_BROKEN, .token = q->token, .value = fault};
@@ -162,6 +186,7 @@ static void release(struct queue_message *m)
 {
     close_fd(&m->fd);
     vhost_memory_unref(m->memory);
+    vhost_log_unref(m->log);
 }
 
 /* What the message holds is the library's from here on. */
@@ -205,6 +230,12 @@ int vhost_queue_stop(struct vhost_queue *q, uint64_t token)
     return post(q, (struct queue_message){.op = QUEUE_STOP, .fd = -1, .token = token});
 }
 
+int vhost_queue_suspend(struct vhost_queue *q, uint64_t token)
+{
+    return post(
+        q, (struct queue_message){.op = QUEUE_STOP, .fd = -1, .suspend = true, .token = token});
+}
+
 int vhost_queue_set_call(struct vhost_queue *q, int fd, uint64_t token)
 {
     return post_fd(q, QUEUE_CALL, fd, token);
@@ -233,6 +264,13 @@ int vhost_queue_set_memory(struct vhost_queue *q, struct vhost_memory *memory, u
         q, (struct queue_message){.op = QUEUE_MEMORY, .fd = -1, .memory = memory, .token = token});
 }
 
+int vhost_queue_set_log(struct vhost_queue *q, struct vhost_log *log, uint64_t used, uint64_t token)
+{
+    log_ref(log);
+    return post(q, (struct queue_message){
+                       .op = QUEUE_LOG, .fd = -1, .log = log, .log_used = used, .token = token});
+}
+
 /* ---- messages: the iothread's end ---- */
 
 /* Answers and frees the message.  Once a stop is answered the queue is the control thread's. */
@@ -258,6 +296,10 @@ static void start(struct queue_message *m)
     if (err == 0) {
         q->thread = m->thread;
         iothread_schedule(q);
+        /* A server that was killed may have shown chains and not called; with EVENT_IDX the driver
+         * would never be called again. */
+        if (q->tracker || q->ring.used_idx)
+            signal_fd(q->call_fd);
     }
     answer(m, err, 0);
 }
@@ -272,8 +314,12 @@ static void begin_drain(struct queue_message *m)
         return;
     }
     q->draining = m;
+    /* In order, what is done waits for what is not: nothing can be left. */
+    q->leaving = m->suspend && q->tracker && !q->order;
     if (q->ops->quiesce)
         q->ops->quiesce(q);
+    if (q->leaving && q->ops->recall)
+        q->ops->recall(q);
     queue_settle(q);
 }
 
@@ -281,7 +327,7 @@ void queue_settle(struct vhost_queue *q)
 {
     struct queue_message *m = q->draining;
 
-    if (!m || q->in_flight)
+    if (!m || q->in_flight || (queue_resumes(q) && q->enabled && !q->broken && !q->leaving))
         return;
     q->draining = NULL;
     if (q->dirty)
@@ -291,7 +337,8 @@ void queue_settle(struct vhost_queue *q)
             q->ops->detach(q);
         iothread_remove_queue(q->thread, q);
         q->thread = NULL;
-        answer(m, 0, q->ring.next_avail);
+        q->leaving = false;
+        answer(m, 0, ring_next_index(q));
         return;
     }
     vhost_memory_unref(q->memory);
@@ -299,6 +346,8 @@ void queue_settle(struct vhost_queue *q)
     q->memory_hint = 0;
     if (ring_map(q) < 0)
         queue_break(q, VHOST_FAULT_RING_UNMAPPED);
+    /* Settled at the end of a pass: what the device waited for there may be over. */
+    q->no_kicks = false;
     iothread_schedule(q);
     answer(m, 0, 0);
 }
@@ -340,6 +389,12 @@ void queue_handle(struct queue_message *m)
         if (!q->enabled && q->ops->quiesce)
             q->ops->quiesce(q);
         iothread_schedule(q);
+        break;
+    case QUEUE_LOG:
+        /* Without a drain: each request is logged when it completes, wherever it began. */
+        vhost_log_unref(q->log);
+        q->log = m->log;
+        q->log_used = m->log_used;
         break;
     }
     answer(m, err, 0);

@@ -1,12 +1,15 @@
 /*
- * The other side of the ring: guest memory in a memfd and a split-ring driver that does what it
- * is told, legal or not.  The guest sees its memory in one piece; the library maps the same
- * pages elsewhere, in one region or in two adjacent ones, so a wrong translation shows.
+ * The other side of the ring: guest memory in a memfd and a driver that does what it is told, legal
+ * or not.  The guest sees its memory in one piece; the library maps the same pages elsewhere, in
+ * one region or in two adjacent ones, so a wrong translation shows.
+ *
+ * Rings are split, or packed where the features say so, or where the program is one of
+ * PACKED_RINGS.
  */
 #ifndef DRIVER_RING_H
 #define DRIVER_RING_H
 
-#include "harness.h"
+#include "packed_driver.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <libvhost.h>
@@ -33,6 +36,17 @@ enum {
 #define VERSION_1 (UINT64_C(1) << VIRTIO_F_VERSION_1)
 #define EVENT_IDX (UINT64_C(1) << VIRTIO_F_EVENT_IDX)
 #define INDIRECT (UINT64_C(1) << VIRTIO_F_INDIRECT_DESC)
+#define PACKED (UINT64_C(1) << VIRTIO_F_RING_PACKED)
+
+/* What a program's rings are like, all of them. */
+#ifdef PACKED_RINGS
+#define LAYOUT PACKED
+#else
+#define LAYOUT 0
+#endif
+
+/* A next index so many (single descriptors) before it wraps. */
+#define BEFORE_WRAP(size, n) ((uint16_t)(LAYOUT ? WRAP + (size) - (n) : 65536 - (n)))
 
 struct guest {
     int fd;
@@ -90,12 +104,28 @@ struct driver_ring {
     uint64_t features;
     uint16_t size;
     struct vring_desc *desc;
+    struct packed_half *packed; /* or NULL */
     uint16_t *avail, *used;
     struct vring_used_elem *used_ring;
     uint16_t avail_idx; /* ours; the device sees it after driver_publish */
     uint16_t seen;      /* used entries taken */
     int kick, call, err;
 };
+
+/* A packed ring begins at the place `next_index`, or where all rings begin. */
+static inline struct packed_half *packed_new(struct guest *g, uint64_t base, uint16_t size,
+                                             uint16_t next_index)
+{
+    struct packed_half *p = calloc(1, sizeof(*p));
+
+    CHECK(p != NULL);
+    p->size = size;
+    p->slot = guest_at(g, base + AT_DESC);
+    p->driver_event = guest_at(g, base + AT_AVAIL);
+    p->device_event = guest_at(g, base + AT_USED);
+    packed_begin(p, next_index ? next_index : WRAP);
+    return p;
+}
 
 static inline struct driver_ring driver_new(struct guest *g, uint32_t share, uint16_t size,
                                             uint64_t features, uint16_t next_index)
@@ -104,7 +134,7 @@ static inline struct driver_ring driver_new(struct guest *g, uint32_t share, uin
     struct driver_ring d = {
         .guest = g,
         .base = base,
-        .features = features,
+        .features = features | LAYOUT,
         .size = size,
         .avail_idx = next_index,
         .seen = next_index,
@@ -115,7 +145,13 @@ static inline struct driver_ring driver_new(struct guest *g, uint32_t share, uin
     d.avail = guest_at(g, base + AT_AVAIL);
     d.used = guest_at(g, base + AT_USED);
     d.used_ring = (struct vring_used_elem *)(d.used + 2);
-    d.avail[1] = d.used[1] = next_index;
+    if (d.features & PACKED) {
+        d.packed = packed_new(g, base, size, next_index);
+        d.desc = calloc(size, sizeof(*d.desc));
+        CHECK(d.desc != NULL);
+    } else {
+        d.avail[1] = d.used[1] = next_index;
+    }
     d.kick = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     d.call = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     d.err = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -128,6 +164,9 @@ static inline void driver_free(struct driver_ring *d)
     close(d->kick);
     close(d->call);
     close(d->err);
+    if (d->packed)
+        free(d->desc);
+    free(d->packed);
 }
 
 static inline struct vhost_queue_config driver_config(const struct driver_ring *d, uint32_t index)
@@ -140,7 +179,7 @@ static inline struct vhost_queue_config driver_config(const struct driver_ring *
         .used = d->base + AT_USED,
         .index = index,
         .size = d->size,
-        .next_index = d->avail_idx,
+        .next_index = d->packed ? index_of(d->packed->fill) * 0x10001u : d->avail_idx,
         .enabled = true,
         .kick_fd = d->kick,
         .call_fd = d->call,
@@ -172,12 +211,22 @@ static inline struct vring_desc *driver_table(const struct driver_ring *d)
 
 static inline void driver_offer(struct driver_ring *d, uint16_t head)
 {
+    if (d->packed) {
+        bool indirect = d->desc[head].flags & VRING_DESC_F_INDIRECT;
+        packed_offer(d->packed, d->desc, head,
+                     indirect ? guest_at(d->guest, d->desc[head].addr) : NULL);
+        d->avail_idx++;
+        return;
+    }
     d->avail[2 + (d->avail_idx++ & (d->size - 1))] = head;
 }
 
 static inline void driver_publish(struct driver_ring *d)
 {
-    __atomic_store_n(&d->avail[1], d->avail_idx, __ATOMIC_RELEASE);
+    if (d->packed)
+        packed_publish(d->packed);
+    else
+        __atomic_store_n(&d->avail[1], d->avail_idx, __ATOMIC_RELEASE);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 }
 
@@ -191,6 +240,13 @@ static inline void driver_send(struct driver_ring *d, uint16_t head)
     driver_offer(d, head);
     driver_publish(d);
     driver_kick(d);
+}
+
+/* A buffer of no bytes, which breaks any ring. */
+static inline void driver_send_empty(struct driver_ring *d, uint16_t head)
+{
+    set_desc(d->desc, head, buffer_addr(d, 0), 0, 0, 0);
+    driver_send(d, head);
 }
 
 static inline uint16_t *driver_used_event(struct driver_ring *d)
@@ -208,9 +264,86 @@ static inline uint16_t driver_used_flags(struct driver_ring *d)
     return __atomic_load_n(&d->used[0], __ATOMIC_ACQUIRE);
 }
 
+/* How many were used since the start, and those before. */
 static inline uint16_t driver_used_idx(struct driver_ring *d)
 {
+    if (d->packed)
+        return (uint16_t)(d->seen + packed_used(d->packed));
     return __atomic_load_n(&d->used[1], __ATOMIC_ACQUIRE);
+}
+
+/* ---- wishes ---- */
+
+static inline void driver_want_calls(struct driver_ring *d, bool wanted)
+{
+    if (d->packed)
+        d->packed->driver_event->flags =
+            wanted ? VRING_PACKED_EVENT_FLAG_ENABLE : VRING_PACKED_EVENT_FLAG_DISABLE;
+    else
+        d->avail[0] = wanted ? 0 : VRING_AVAIL_F_NO_INTERRUPT;
+}
+
+/* With EVENT_IDX: a call when one more than `n` are used, each of one descriptor. */
+static inline void driver_want_call_after(struct driver_ring *d, uint16_t n)
+{
+    if (d->packed)
+        *d->packed->driver_event = (struct vring_packed_desc_event){
+            .off_wrap = index_of(place_after(d->packed->take, n, d->size)),
+            .flags = VRING_PACKED_EVENT_FLAG_DESC};
+    else
+        *driver_used_event(d) = (uint16_t)(d->seen + n);
+}
+
+/* Whether the device wants a kick for what is offered next. */
+static inline bool driver_is_kick_wanted(struct driver_ring *d)
+{
+    bool event_idx = d->features & EVENT_IDX;
+
+    if (!d->packed)
+        return event_idx ? driver_avail_event(d) == d->avail_idx
+                         : !(driver_used_flags(d) & VRING_USED_F_NO_NOTIFY);
+    struct vring_packed_desc_event wish;
+    __atomic_load(d->packed->device_event, &wish, __ATOMIC_ACQUIRE);
+    return event_idx ? wish.flags == VRING_PACKED_EVENT_FLAG_DESC &&
+                           wish.off_wrap == index_of(d->packed->fill)
+                     : wish.flags == VRING_PACKED_EVENT_FLAG_ENABLE;
+}
+
+/* Whether it wants one for the last `n` that were published, each of one descriptor. */
+static inline bool driver_wants_kick(struct driver_ring *d, uint16_t n)
+{
+    bool event_idx = d->features & EVENT_IDX;
+
+    if (!d->packed)
+        return event_idx ? (uint16_t)(d->avail_idx - driver_avail_event(d) - 1) < n
+                         : !(driver_used_flags(d) & VRING_USED_F_NO_NOTIFY);
+    struct vring_packed_desc_event wish;
+    __atomic_load(d->packed->device_event, &wish, __ATOMIC_ACQUIRE);
+    if (wish.flags != VRING_PACKED_EVENT_FLAG_DESC)
+        return wish.flags == VRING_PACKED_EVENT_FLAG_ENABLE;
+    uint32_t passed = packed_distance(d->packed, place_of(wish.off_wrap), d->packed->fill);
+    return (passed - 1) % (2u * d->size) < n;
+}
+
+/* ---- next indexes ---- */
+
+/* Of a ring that is new but for `n` chains of one descriptor. */
+static inline uint32_t driver_next_index(const struct driver_ring *d, uint16_t n)
+{
+    if (!d->packed)
+        return n;
+    struct place at = place_of(WRAP);
+    for (; n >= d->size; n = (uint16_t)(n - d->size))
+        at.wrap = !at.wrap;
+    return index_of(place_after(at, n, d->size)) * 0x10001u;
+}
+
+/* How many chains of one descriptor were offered behind this one. */
+static inline uint16_t driver_offered_since(const struct driver_ring *d, uint32_t next_index)
+{
+    if (!d->packed)
+        return (uint16_t)(d->avail_idx - next_index);
+    return (uint16_t)packed_distance(d->packed, place_of((uint16_t)next_index), d->packed->fill);
 }
 
 /* How often the fd was signalled since it was last read. */
@@ -246,6 +379,10 @@ static inline void driver_await_used(struct driver_ring *d, uint16_t n)
 static inline struct vring_used_elem driver_take(struct driver_ring *d)
 {
     driver_await_used(d, 1);
+    if (d->packed) {
+        d->seen++;
+        return packed_take(d->packed);
+    }
     return d->used_ring[d->seen++ & (d->size - 1)];
 }
 

@@ -157,6 +157,7 @@ static inline struct probe *probe_new(uint32_t num_queues)
         .detach = probe_detach,
         .service = probe_service,
         .free = probe_free,
+        .tracked = true,
         .chain_max = PROBE_CHAIN_MAX,
     };
     struct probe *p = calloc(1, sizeof(*p));
@@ -243,12 +244,12 @@ static inline void queue_run(struct control *c, struct vhost_queue *q)
 }
 
 /* Stops the queue; returns its next index. */
-static inline uint16_t queue_halt(struct control *c, struct vhost_queue *q)
+static inline uint32_t queue_halt(struct control *c, struct vhost_queue *q)
 {
     CHECK_EQ(vhost_queue_stop(q, ++c->token), 0);
     struct vhost_event e = await_done(c);
     CHECK_EQ(e.result, 0);
-    return (uint16_t)e.value;
+    return (uint32_t)e.value;
 }
 
 /* When this returns, the iothread has ended every pass that began before. */

@@ -35,4 +35,25 @@ static inline void street_close(struct street *s)
     rig_close(&s->rig);
 }
 
+/* What has been made available now must break the ring with `fault`; nothing may be used. */
+static inline void expect_fault(struct street *s, enum vhost_fault fault)
+{
+    struct rig *r = &s->rig;
+    uint16_t used = driver_used_idx(&r->ring);
+    struct vhost_stats stats;
+
+    driver_publish(&r->ring);
+    driver_kick(&r->ring);
+    CHECK_EQ(rig_await_fault(r), fault);
+    CHECK_EQ(driver_used_idx(&r->ring), used);
+    CHECK_EQ(vhost_device_read_stats(&r->probe->device, 0, &stats), 0);
+    CHECK_EQ(stats.counter[VHOST_COUNTER_BREAKS], 1);
+    /* A broken ring stays so, says so once, and still answers its messages. */
+    driver_kick(&r->ring);
+    queue_sync(&r->control, r->queue);
+    CHECK_EQ(take_signals(r->ring.err), 0);
+    CHECK_EQ(r->control.num_waiting, 0);
+    street_close(s);
+}
+
 #endif

@@ -4,27 +4,6 @@
  */
 #include "street.h"
 
-/* What has been made available now must break the ring with `fault`; nothing may be used. */
-static void expect_fault(struct street *s, enum vhost_fault fault)
-{
-    struct rig *r = &s->rig;
-    uint16_t used = driver_used_idx(&r->ring);
-    struct vhost_stats stats;
-
-    driver_publish(&r->ring);
-    driver_kick(&r->ring);
-    CHECK_EQ(rig_await_fault(r), fault);
-    CHECK_EQ(driver_used_idx(&r->ring), used);
-    CHECK_EQ(vhost_device_read_stats(&r->probe->device, 0, &stats), 0);
-    CHECK_EQ(stats.counter[VHOST_COUNTER_BREAKS], 1);
-    /* A broken ring stays so, says so once, and still answers its messages. */
-    driver_kick(&r->ring);
-    queue_sync(&r->control, r->queue);
-    CHECK_EQ(take_signals(r->ring.err), 0);
-    CHECK_EQ(r->control.num_waiting, 0);
-    street_close(s);
-}
-
 static void one_byte(struct driver_ring *d, uint16_t head, uint16_t flags, uint16_t next)
 {
     set_desc(d->desc, head, buffer_addr(d, head), 1, flags, next);

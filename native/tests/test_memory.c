@@ -109,18 +109,23 @@ static void many_regions_are_all_found(void)
     int fd = file_of((uint64_t)N * PAGE);
     struct vhost_region *r[N];
     struct vhost_memory *m;
-    uint32_t hint = 0;
+    uint32_t hint = 0, log_hint = 0;
 
     for (uint32_t i = 0; i < N; i++) {
-        uint32_t slot = i * 37 % N; /* not in order */
-        r[i] = region_of(fd, (uint64_t)slot * PAGE, (uint64_t)slot * 2 * PAGE, PAGE);
+        uint32_t slot = i * 37 % N;  /* not in order */
+        uint32_t page = i * 101 % N; /* nor mapped in the order of guest addresses */
+        r[i] = region_of(fd, (uint64_t)page * PAGE, (uint64_t)slot * 2 * PAGE, PAGE);
     }
     CHECK_EQ(vhost_memory_new(r, N, &m), 0);
     for (uint32_t i = 0; i < N; i++) {
+        uint64_t addr = (uint64_t)i * 2 * PAGE;
         vhost_region_unref(r[i]);
-        CHECK_EQ(memory_find(m, (uint64_t)i * 2 * PAGE + 1, &hint)->guest_addr,
-                 (uint64_t)i * 2 * PAGE);
-        CHECK(!memory_find(m, (uint64_t)i * 2 * PAGE + PAGE, &hint));
+        CHECK_EQ(memory_find(m, addr + 1, &hint)->guest_addr, addr);
+        CHECK(!memory_find(m, addr + PAGE, &hint));
+        CHECK_EQ(memory_guest_addr(m, vhost_memory_translate(m, addr, 1), &log_hint), addr);
+        char *last = vhost_memory_translate(m, addr + PAGE - 1, 1);
+        log_hint = i & 1 ? log_hint : UINT32_MAX; /* of another table, which was longer */
+        CHECK_EQ(memory_guest_addr(m, last, &log_hint), addr + PAGE - 1);
     }
     vhost_memory_unref(m);
     close(fd);

@@ -1,1 +1,1 @@
-"""The front-end's side of vhost-user, as far as a measurement needs it. It blocks."""
+"""The front-end's side of vhost-user, with the loads of the C drivers on top. It blocks."""

@@ -18,8 +18,9 @@ _SLOT = 4096  # of a request's own, beside its data (struct vhost_load_config)
 class Pattern:
     """What the driver sends; sizes in bytes.
 
-    `span`: of the disk, from its start; 0 = the whole disk. `poll`: spin instead of sleeping on
-    the call eventfd. `verify`: stamp what is written, check the stamps of what is read.
+    The area of the disk is `span` bytes from `start`; 0 = all the rest of it. `poll`: spin instead
+    of sleeping on the call eventfd. `verify`: stamp what is written, check the stamps of what is
+    read.
     """
 
     depth: int = 32
@@ -28,6 +29,7 @@ class Pattern:
     random: bool = True
     poll: bool = True
     verify: bool = False
+    start: int = 0
     span: int = 0
     seed: int = 1
 
@@ -50,7 +52,9 @@ class Outcome:
 class BlkFrontend(Connection):
     """A connection and `queues` rings of `queue_size`, each with room for `depth` requests.
 
-    `features`: which ring features to take. Raises OSError where the peer refuses.
+    `features`, `protocol`: which to take, RING_PACKED among them for packed rings. `inflight`: the
+    back-end notes what is in flight. `rings`: as they were started. Raises PeerError where the peer
+    refuses, OSError where it is lost.
     """
 
     def __init__(
@@ -61,30 +65,33 @@ class BlkFrontend(Connection):
         block_size: int,
         queues: int = 1,
         features: int = RING_FEATURES,
+        protocol: int = WANTED_PROTOCOL,
+        inflight: bool = False,
     ) -> None:
         super().__init__(path)
         try:
             flush = 1 << lib.VIRTIO_BLK_F_FLUSH
             multi = 1 << lib.VIRTIO_BLK_F_MQ if queues > 1 else 0
-            self.negotiate(features | flush | multi, WANTED_PROTOCOL)
+            noting = 1 << lib.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD if inflight else 0
+            self.negotiate(features | flush | multi, protocol | noting)
             self.capacity = self._capacity()
             slots = 1 if self.has(lib.VIRTIO_F_INDIRECT_DESC) else 3
             queue_size = max(128, 1 << (slots * depth - 1).bit_length())
             room = depth * (_SLOT + block_size)
             self.share(queues * (room + 64 * queue_size + (1 << 16)))
-            self._rings = [self.start_ring(index, queue_size) for index in range(queues)]
-            self._buffers = [self.place(room) for _ in self._rings]
-            self.barrier()
+            if inflight:
+                region, fd = self.frontend.get_inflight(queues, queue_size)
+                self.frontend.set_inflight(region, self.own(fd))
+            self.rings = [self.start_ring(index, queue_size) for index in range(queues)]
+            self._buffers = [self.place(room) for _ in self.rings]
+            self.frontend.barrier()
         except BaseException:
             self.close()
             raise
 
     def _capacity(self) -> int:
         # Only the capacity: peers' config spaces differ in length, and refuse to be over-read.
-        head = bytes(ffi.buffer(ffi.new("struct vhost_user_config_header *", (0, 8, 0))))
-        self.send(lib.VHOST_USER_GET_CONFIG, head + bytes(CAPACITY_SIZE))
-        config = self.reply(lib.VHOST_USER_GET_CONFIG)
-        return int.from_bytes(config[len(head) : len(head) + CAPACITY_SIZE], "little") * 512
+        return int.from_bytes(self.frontend.get_config(0, CAPACITY_SIZE), "little") * 512
 
     def run(
         self,
@@ -99,13 +106,14 @@ class BlkFrontend(Connection):
 
         Raises TimeoutError when the back-end stops answering, OSError when it breaks the ring.
         """
-        ring = self._rings[queue]
+        ring = self.rings[queue]
         flags = (
             (lib.VHOST_LOAD_RANDOM if pattern.random else 0)
             | (lib.VHOST_LOAD_POLL if pattern.poll else 0)
             | (lib.VHOST_LOAD_VERIFY if pattern.verify else 0)
             | (lib.VHOST_LOAD_EVENT_IDX if self.has(lib.VIRTIO_F_EVENT_IDX) else 0)
             | (lib.VHOST_LOAD_INDIRECT if self.has(lib.VIRTIO_F_INDIRECT_DESC) else 0)
+            | (lib.VHOST_LOAD_PACKED if self.has(lib.VIRTIO_F_RING_PACKED) else 0)
         )
         with ffi.from_buffer(self.map) as memory:
             config = ffi.new(
@@ -117,7 +125,8 @@ class BlkFrontend(Connection):
                     "avail": ring.avail,
                     "used": ring.used,
                     "buffers": self._buffers[queue],
-                    "span": pattern.span or self.capacity,
+                    "start": pattern.start,
+                    "span": pattern.span or self.capacity - pattern.start,
                     "requests": requests,
                     "duration_ns": int(seconds * 1e9),
                     "seed": pattern.seed,

@@ -89,29 +89,35 @@ class PacketOutcome:
 class NetFrontend(Connection):
     """A connection with one queue pair, and the C driver's port on it.
 
-    `segmented`: take the offloads that let frames be larger than the MTU. Raises OSError where the
-    peer refuses, or lacks an offload that is needed.
+    `segmented`: take the offloads that let frames be larger than the MTU. `packed`: take packed
+    rings where they are offered. Raises PeerError where
+    the peer refuses, OSError where it lacks an offload that is needed, or is lost.
     """
 
-    def __init__(self, path: Path, frames: Frames, *, segmented: bool) -> None:
-        self.port = ffi.NULL  # before connecting: a refused connection is closed too
+    def __init__(
+        self, path: Path, frames: Frames, *, segmented: bool, packed: bool = False
+    ) -> None:
         super().__init__(path)
+        self.port = ffi.NULL
         try:
-            self.negotiate(_BASE | (_SEGMENTS if segmented else 0), 0)
-            if segmented and _SEGMENTS & ~self.features:
+            layout = 1 << lib.VIRTIO_F_RING_PACKED if packed else 0
+            self.negotiate(_BASE | layout | (_SEGMENTS if segmented else 0), 0)
+            if segmented and _SEGMENTS & ~self.frontend.features:
                 raise OSError(errno.EOPNOTSUPP, "the back-end lacks segmentation offloads")
             room = RING_SIZE * (2 * BUFFER_SIZE + 512) + (32 << 20 if segmented else 0)
             self.share(room + (1 << 20))
             rings = [self.start_ring(index, RING_SIZE) for index in (RX, TX)]
             self._open_port(rings, self.place(room), room, frames)
-            self.barrier()
+            self.frontend.barrier()
         except BaseException:
             self.close()
             raise
 
     def _open_port(self, rings: Sequence[object], buffers: int, room: int, frames: Frames) -> None:
-        flags = (lib.VHOST_PACKET_EVENT_IDX if self.has(lib.VIRTIO_F_EVENT_IDX) else 0) | (
-            lib.VHOST_PACKET_MERGEABLE if self.has(lib.VIRTIO_NET_F_MRG_RXBUF) else 0
+        flags = (
+            (lib.VHOST_PACKET_EVENT_IDX if self.has(lib.VIRTIO_F_EVENT_IDX) else 0)
+            | (lib.VHOST_PACKET_MERGEABLE if self.has(lib.VIRTIO_NET_F_MRG_RXBUF) else 0)
+            | (lib.VHOST_PACKET_PACKED if self.has(lib.VIRTIO_F_RING_PACKED) else 0)
         )
         rx, tx = ({name: getattr(ring, name) for name in _RING_FIELDS} for ring in rings)
         header = ffi.new("uint8_t[]", frames.header)

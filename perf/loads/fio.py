@@ -34,7 +34,7 @@ def check_serves_libblkio(server: Server, socket: Path) -> None:
     """Raises Unsupported where libblkio would not connect."""
     needed = lib.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
     with Connection(socket) as connection:
-        if not connection.get_u64(lib.VHOST_USER_GET_PROTOCOL_FEATURES) >> needed & 1:
+        if not connection.frontend.offered_protocol() >> needed & 1:
             raise Unsupported(f"{server.name} has no memory slots, which libblkio needs")
 
 

@@ -38,12 +38,14 @@ class NativeNet:
     """Frames of `size` bytes (all headers counted), `depth` of them in flight.
 
     Frames above the MTU are TCP segments for the receiver to cut. `round_trip`: each comes back.
+    `packed`: on packed rings, with servers that offer them.
     """
 
     size: int
     depth: int
     round_trip: bool = False
     verify: bool = False
+    packed: bool = False
 
     @contextlib.contextmanager
     def attach(self, server: Server, place: Place) -> Iterator[Target]:
@@ -54,9 +56,11 @@ class NativeNet:
         )
         with (
             served_ports(server, place, segmented=segmented) as (started, ports),
-            NetFrontend(ports[0].socket, there, segmented=segmented) as a,
-            NetFrontend(ports[1].socket, back, segmented=segmented) as b,
+            NetFrontend(ports[0].socket, there, segmented=segmented, packed=self.packed) as a,
+            NetFrontend(ports[1].socket, back, segmented=segmented, packed=self.packed) as b,
         ):
+            for frontend in (a, b) if self.packed else ():
+                frontend.require_packed(server.name)
             yield _NetTarget(started, a, b, self, place)
 
 

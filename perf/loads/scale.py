@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from perf import images
 from perf.frontend.blk import BlkFrontend, Outcome, Pattern
@@ -24,6 +24,12 @@ from perf.serving import serving
 IMAGE_SIZE = 8 << 20
 PATTERN = Pattern(depth=8, write_percent=50, verify=True, poll=False)
 """The stamps are checked by the client's core; the server's time is its own."""
+
+
+def area(queue: int, queues: int) -> Pattern:
+    """What a queue of a disk does: in an area of its own, since each knows only its own stamps."""
+    span = IMAGE_SIZE // queues // PATTERN.block_size * PATTERN.block_size
+    return replace(PATTERN, start=queue * span, span=span)
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,8 @@ class Scale:
                 for socket in sockets
             ]
             used = frontends if self.loaded else frontends[:1]
-            lanes = [(f, queue) for f in used for queue in range(self.queues)]
+            queues = range(self.queues)
+            lanes = [(f, queue, area(queue, self.queues)) for f in used for queue in queues]
             pool = stack.enter_context(ThreadPoolExecutor(len(lanes)))
             yield _ScaleTarget(started, lanes, pool, place)
 
@@ -75,7 +82,7 @@ class _ScaleTarget(ServerTarget):
     def __init__(
         self,
         server: Started,
-        lanes: Sequence[tuple[BlkFrontend, int]],
+        lanes: Sequence[tuple[BlkFrontend, int, Pattern]],
         pool: ThreadPoolExecutor,
         place: Place,
     ) -> None:
@@ -86,8 +93,8 @@ class _ScaleTarget(ServerTarget):
     def _run(self, seconds: float) -> list[Outcome]:
         cpu = self._place.client_cpu
         running = [
-            self._pool.submit(frontend.run, PATTERN, seconds=seconds, queue=queue, cpu=cpu)
-            for frontend, queue in self._lanes
+            self._pool.submit(frontend.run, pattern, seconds=seconds, queue=queue, cpu=cpu)
+            for frontend, queue, pattern in self._lanes
         ]
         return [future.result() for future in running]
 

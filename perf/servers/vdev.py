@@ -97,4 +97,9 @@ def _table(head: str, settings: Settings) -> str:
     return "\n".join((head, *(f"{key} = {json.dumps(value)}" for key, value in settings.items())))
 
 
-SERVERS = [Vdev("vdev"), Vdev("vdev-no-poll", poll_us=0)]
+SERVERS = [
+    Vdev("vdev"),
+    Vdev("vdev-no-poll", poll_us=0),
+    # The same, told apart by how the suite "rings" speaks to them.
+    *(Vdev(f"vdev-{manner}") for manner in ("packed", "inflight", "packed-inflight")),
+]

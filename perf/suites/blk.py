@@ -7,6 +7,7 @@ qemu-img where theirs can speak vhost-user (Debian 13).
 from __future__ import annotations
 
 from perf.frontend.blk import Pattern
+from perf.frontend.connection import RING_FEATURES, RING_PACKED
 from perf.loads.blk import NativeBlk
 from perf.loads.fio import FioBlk
 from perf.loads.qemu_img import QemuImgBench
@@ -51,6 +52,12 @@ SUITE = Suite(
     [
         *_by_depth("null-read", "4 KiB random read, null disk", "null", NULL),
         *_by_depth("tmpfs-read", "4 KiB random read, file on tmpfs", "tmpfs", TMPFS),
+        _one(
+            "tmpfs-read-packed",
+            "4 KiB random read, tmpfs, depth 32, packed ring",
+            TMPFS,
+            NativeBlk("tmpfs", Pattern(), RING_FEATURES | RING_PACKED),
+        ),
         _one(
             "tmpfs-write",
             "4 KiB random write, tmpfs, depth 32",

@@ -55,6 +55,11 @@ SUITE = Suite(
             for size in SIZES
         ),
         _one(
+            "frames-64-packed",
+            "64-byte frames one way, 256 in flight, packed rings",
+            NativeNet(64, DEPTH, packed=True),
+        ),
+        _one(
             "segments",
             "TCP segments of 65000 bytes one way, 64 in flight",
             NativeNet(SEGMENT, 64),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.frontend import blk, session
-from tests.frontend.blk import S_OK, SECTOR, T_IN, T_OUT, BlkClient, Pending, header
+from tests.frontend.blk import LAYOUTS, S_OK, SECTOR, T_IN, T_OUT, BlkClient, Pending, header
 from tests.frontend.memory import GuestMemory, Region
 
 from .serving import Disk, make_image
@@ -81,13 +81,17 @@ def random_cuts(chance: random.Random, size: int, pieces: int) -> list[int]:
     return [b - a for a, b in itertools.pairwise(marks)]
 
 
+BOTH_LAYOUTS = pytest.mark.parametrize("features", LAYOUTS.values(), ids=LAYOUTS)
+
+
+@BOTH_LAYOUTS
 @pytest.mark.parametrize("engine", ENGINES)
-def test_random_requests(any_directory: Path, engine: str) -> None:
+def test_random_requests(any_directory: Path, engine: str, features: int) -> None:
     """On tmpfs and on a disk, through every engine: what was read was right all along, and the
     image holds the model in the end."""
     image = make_image(any_directory / "disk.img", SIZE)
     with Disk(any_directory, image, "--num-queues", "2", *ENGINES[engine]) as disk:
-        with disk.client(queues=2, size=128) as client:
+        with disk.client(queues=2, size=128, features=features) as client:
             model = random_requests(client, seed=9, count=400)
             client.flush()
         assert image.read_bytes() == model
@@ -128,9 +132,10 @@ def test_queues_see_each_other(client: BlkClient) -> None:
             assert client.read(8 * n, 4096, queue=other) == data
 
 
-def test_queue_full_of_requests(shared: Disk) -> None:
+@BOTH_LAYOUTS
+def test_queue_full_of_requests(shared: Disk, features: int) -> None:
     """As many requests as an indirect ring holds, on every queue, made available at once."""
-    with shared.client(queues=4, size=64) as client:
+    with shared.client(queues=4, size=64, features=features) as client:
         pending = [
             client.submit(header(T_IN, n * 8), 4097, queue=q, indirect=True, kick=False)
             for q in range(4)
@@ -156,9 +161,9 @@ def test_queue_full_of_requests(shared: Disk) -> None:
     ],
     ids="-".join,
 )
-def test_without_ring_features(shared: Disk, left_out: tuple[str, ...]) -> None:
+@BOTH_LAYOUTS
+def test_without_ring_features(shared: Disk, left_out: tuple[str, ...], features: int) -> None:
     """libblkio, for one, negotiates neither EVENT_IDX nor INDIRECT."""
-    features = blk.FEATURES
     for name in left_out:
         features &= ~getattr(session, name)
     with shared.client(features=features) as client:
@@ -170,9 +175,13 @@ def test_without_ring_features(shared: Disk, left_out: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("slots", [False, True], ids=["table", "slots"])
-@pytest.mark.parametrize("size", [2, 4, 128, 1024], ids="ring-{}".format)
-def test_ring_sizes(shared: Disk, size: int, slots: bool) -> None:
-    with shared.client(size=size, slots=slots) as client:
+@pytest.mark.parametrize(
+    ("size", "layout"),
+    [(size, "split") for size in (2, 4, 128, 1024)]
+    + [(size, "packed") for size in (2, 3, 100, 1024)],
+)
+def test_ring_sizes(shared: Disk, size: int, layout: str, slots: bool) -> None:
+    with shared.client(size=size, slots=slots, features=LAYOUTS[layout]) as client:
         for n in range(3 * min(size, 128)):
             pending = client.submit(header(T_IN, n), SECTOR + 1)
             assert client.finish(pending).status == S_OK
@@ -196,3 +205,25 @@ def test_kicks_only_when_wanted_without_event_idx(shared: Disk) -> None:
             if client.ring.wants_kick(0, 0):
                 client.ring.kick()
             assert client.finish(pending).status == S_OK
+
+
+@pytest.mark.parametrize("left_out", [0, session.F_EVENT_IDX], ids=["event-idx", "no-event-idx"])
+def test_kicks_only_when_wanted_by_a_packed_ring(shared: Disk, left_out: int) -> None:
+    with shared.client(features=LAYOUTS["packed"] & ~left_out) as client:
+        for n in range(2000):
+            old = client.packed_ring.fill
+            pending = client.submit(header(T_IN, n), SECTOR + 1, kick=False)
+            if client.packed_ring.wants_kick(old):
+                client.packed_ring.kick()
+            assert client.finish(pending).status == S_OK
+
+
+def test_a_packed_ring_goes_on_where_it_was_stopped(shared: Disk) -> None:
+    """Round after round, in chains that do not fit into the ring a whole number of times."""
+    with shared.client(features=LAYOUTS["packed"], size=7) as client:
+        for _ in range(20):
+            assert client.request(T_IN, 0, room=SECTOR, into=[SECTOR, 1]).status == S_OK
+            base = client.get_vring_base(0)
+            assert base == client.packed_ring.index
+            client.packed_ring.base = base
+            client.start_ring(0, client.packed_ring)

@@ -11,6 +11,7 @@ import pytest
 
 from tests.frontend.blk import check_healthy
 from tests.frontend.server import Server
+from tests.frontend.session import Refused
 
 from .serving import Disk, make_image
 
@@ -102,3 +103,33 @@ def test_lock_holds_while_a_client_is_served(tmp_path: Path, image: Path) -> Non
         client.write(0, b"\1" * 512)
         check_refused(serve_again(image, other), image, other)
         assert client.read(0, 512) == b"\1" * 512
+
+
+def test_servers_take_turns(tmp_path: Path, image: Path) -> None:
+    """Both ends of a migration serve one image, and only the one whose guest runs has it."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    with (
+        Disk(tmp_path / "here", image, "--lock", "running") as here,
+        Disk(tmp_path / "there", image, "--lock", "running", "--num-queues", "2") as there,
+    ):
+        with here.client() as client:
+            client.write(0, b"a" * 512)
+            with pytest.raises(Refused), there.client():
+                pass
+            check_refused(serve_again(image, tmp_path / "o.sock"), image, tmp_path / "o.sock")
+            client.write(8, b"b" * 512)
+            client.get_vring_base(0)
+            with there.client(queues=2) as other:
+                assert other.read(0, 512) == b"a" * 512
+                assert other.read(8, 512) == b"b" * 512
+                # One of its two queues is enough to hold it.
+                other.get_vring_base(0)
+                check_refused(serve_again(image, tmp_path / "o.sock"), image, tmp_path / "o.sock")
+                other.get_vring_base(1)
+                with Disk(tmp_path, image):
+                    pass
+        with here.client() as client:
+            assert client.read(8, 512) == b"b" * 512
+    with Disk(tmp_path, image):
+        pass

@@ -65,6 +65,7 @@ def pair(
         yield served
         served.server.check_alive()
         assert "Traceback" not in served.server.output
+        assert "started again" not in served.server.output
 
 
 @pytest.fixture

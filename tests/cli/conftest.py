@@ -14,7 +14,7 @@ import pytest
 
 from tests.frontend.server import Server
 from tests.frontend.wire import TIMEOUT
-from vdev.server.control import control_dir
+from vdev.runtime import runtime_dir
 
 VDEV = (sys.executable, "-m", "vdev")
 # The programs' entry points, found without an installed console script.
@@ -39,7 +39,7 @@ class Start(Protocol):
 
 
 def control_socket(pid: int) -> Path:
-    return control_dir() / f"{pid}.sock"
+    return runtime_dir() / f"{pid}.sock"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Asking servers that run: status, resize, stop."""
+"""Asking servers that run: status, resize, link, stop."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from tests.frontend.session import Session
 from tests.frontend.wire import TIMEOUT
+from tests.lab import host
 from vdev.cli import main
 
 from .conftest import VDEV, Run, Start, control_socket
@@ -66,7 +67,7 @@ def test_status_again_and_again(serve) -> None:  # type: ignore[no-untyped-def]
 def test_no_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("vdev.server.control.control_dir", lambda: tmp_path)
+    monkeypatch.setattr("vdev.server.control.runtime_dir", lambda: tmp_path)
     assert main(["status"]) == 1
     assert "no server of this user runs" in capsys.readouterr().out
 
@@ -94,6 +95,23 @@ def test_resize_that_cannot_be(  # type: ignore[no-untyped-def]
     serve, refused: Callable[..., str], arguments: list[str], complaint: str
 ) -> None:
     assert complaint in refused("resize", serve().pid, *arguments)
+
+
+def test_link(start: Start, vdev: Run) -> None:
+    if lacks := host.lacks_network():
+        pytest.skip(lacks)
+    server = start("net", "serve", "--socket-path", "n", "--tap", "vdevlink0")
+    for state in ("down", "up"):
+        assert vdev("link", server.pid, "net0", state).returncode == 0
+        (status,) = json.loads(vdev("status", server.pid, "--json").stdout)
+        assert status["devices"][0]["link_up"] == (state == "up")
+        flags = json.loads(subprocess.check_output(["ip", "-j", "link", "show", "vdevlink0"]))
+        assert ("LOWER_UP" in flags[0]["flags"]) == (state == "up")
+
+
+def test_link_of_a_disk(serve, refused: Callable[..., str]) -> None:  # type: ignore[no-untyped-def]
+    complaint = refused("link", serve().pid, "blk0", "down")
+    assert "device 'blk0' is no card of this server: " in complaint
 
 
 def test_stop(serve, vdev: Run) -> None:  # type: ignore[no-untyped-def]

@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from typing import Self
 
 from .memory import GuestMemory, Region
-from .ring import Desc, SplitRing, Used
+from .packed import PackedRing
+from .ring import Desc, Ring, SplitRing, Used, split
 from .session import (
     F_ANY_LAYOUT,
     F_EVENT_IDX,
     F_INDIRECT,
     F_PROTOCOL_FEATURES,
+    F_RING_PACKED,
     F_VERSION_1,
     PROTOCOL_WANTED,
     Session,
@@ -55,6 +57,8 @@ FEATURES = (
     | F_PROTOCOL_FEATURES
     | F_VERSION_1
 )
+LAYOUTS = {"split": FEATURES, "packed": FEATURES | F_RING_PACKED}
+"""Features that make the rings split or packed."""
 
 T_IN = 0
 T_OUT = 1
@@ -172,7 +176,7 @@ class BlkClient(Session):
     ) -> None:
         super().__init__(connection)
         self.memory = memory or GuestMemory.default()
-        self.rings: list[SplitRing] = []
+        self.rings: list[Ring] = []
         self._serial = 0
         self._open: dict[tuple[int, int], int] = {}
         self._done: dict[int, Used] = {}
@@ -200,14 +204,23 @@ class BlkClient(Session):
         self.rings.clear()
         self.memory.close()
 
-    def new_ring(self, size: int = 64, *, region: Region | None = None) -> SplitRing:
+    def new_ring(self, size: int = 64, *, region: Region | None = None) -> Ring:
         """A ring in our memory, as the negotiated features want it, unknown to the server."""
         event_idx = bool(self.features & F_EVENT_IDX)
-        return SplitRing(self.memory, size, event_idx=event_idx, region=region)
+        kind = PackedRing if self.features & F_RING_PACKED else SplitRing
+        return kind(self.memory, size, event_idx=event_idx, region=region)
 
     @property
     def ring(self) -> SplitRing:
-        return self.rings[0]
+        """The first ring, where rings are split."""
+        return split(self.rings[0])
+
+    @property
+    def packed_ring(self) -> PackedRing:
+        """The first ring, where rings are packed."""
+        ring = self.rings[0]
+        assert isinstance(ring, PackedRing)
+        return ring
 
     def config(self) -> Config:
         return Config.parse(self.get_config(0, CONFIG_SIZE))
@@ -253,6 +266,10 @@ class BlkClient(Session):
             assert serial is not None, f"head {used.id} returned, but it was not in flight"
             self._done[serial] = used
         return self._done.pop(pending.serial)
+
+    def is_in_flight(self, pending: Pending) -> bool:
+        """Whether it was not back yet when something was waited for last."""
+        return pending.serial not in self._done
 
     def finish(self, pending: Pending, *, timeout: float = TIMEOUT) -> Completion:
         used = self.used_of(pending, timeout=timeout)

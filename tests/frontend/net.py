@@ -18,12 +18,14 @@ from typing import Self
 
 from .blk import cut
 from .memory import GuestMemory
-from .ring import SplitRing, Used
+from .packed import PackedRing
+from .ring import Ring, SplitRing, Used
 from .session import (
     F_ANY_LAYOUT,
     F_EVENT_IDX,
     F_INDIRECT,
     F_PROTOCOL_FEATURES,
+    F_RING_PACKED,
     F_VERSION_1,
     PROTOCOL_WANTED,
     Session,
@@ -134,15 +136,16 @@ class NetClient(Session):
     ) -> None:
         super().__init__(connection)
         self.memory = memory or GuestMemory.default()
-        self.rings: list[SplitRing] = []
+        self.rings: list[Ring] = []
         self._rx: list[dict[int, tuple[int, int]]] = [{} for _ in range(pairs)]
         self._tx: list[dict[int, tuple[int, int]]] = [{} for _ in range(pairs)]
         try:
             self.negotiate(features, protocol=protocol)
             self.share(self.memory)
             event_idx = bool(self.features & F_EVENT_IDX)
+            kind = PackedRing if self.features & F_RING_PACKED else SplitRing
             for index in range(2 * pairs):
-                ring = SplitRing(self.memory, size, event_idx=event_idx)
+                ring = kind(self.memory, size, event_idx=event_idx)
                 self.rings.append(ring)
                 self.start_ring(index, ring, enable=enable)
             self.driver_ok()
@@ -164,10 +167,10 @@ class NetClient(Session):
     def config(self) -> NetConfig:
         return NetConfig(*CONFIG.unpack(self.get_config(0, CONFIG.size)))
 
-    def rx(self, pair: int = 0) -> SplitRing:
+    def rx(self, pair: int = 0) -> Ring:
         return self.rings[2 * pair]
 
-    def tx(self, pair: int = 0) -> SplitRing:
+    def tx(self, pair: int = 0) -> Ring:
         return self.rings[2 * pair + 1]
 
     # ---- transmit ----

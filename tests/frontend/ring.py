@@ -1,7 +1,9 @@
-"""A split virtqueue driver in shared memory (virtio 1.3, section 2.7), with its three eventfds.
+"""Virtqueue drivers in shared memory (virtio 1.3, section 2.7), with their three eventfds.
 
-`add`/`offer`/`kick`/`wait` drive the ring as a driver should.  Everything beneath (`set_desc`,
+`add`/`offer`/`kick`/`wait` drive a ring as a driver should.  Everything beneath (`set_desc`,
 `avail_idx`, `set_avail`, …) writes what it is told, so that tests can lie to the server.
+
+Here are the split ring and what rings have in common; the packed one is in `packed`.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import os
 import select
 import struct
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -69,8 +72,10 @@ def is_signalled(fd: int) -> bool:
     return bool(poller.poll(0))
 
 
-class SplitRing:
-    """Descriptor table, avail and used ring of `size` entries, placed in `memory`."""
+class Ring(ABC):
+    """A ring of `size` entries in three areas of `memory`: (bytes, alignment) of each."""
+
+    areas: tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 
     def __init__(
         self,
@@ -83,14 +88,94 @@ class SplitRing:
         self.memory = memory
         self.size = size
         self.event_idx = event_idx
-        self.desc = memory.alloc(16 * size, 16, region=region)
-        self.avail = memory.alloc(6 + 2 * size, 2, region=region)
-        self.used = memory.alloc(6 + 8 * size, 4, region=region)
+        self.areas = self._areas(size)
+        self.desc, self.avail, self.used = (
+            memory.alloc(length, align, region=region) for length, align in self.areas
+        )
         flags = os.EFD_NONBLOCK | os.EFD_CLOEXEC
         self.kick_fd = os.eventfd(0, flags)
         self.call_fd = os.eventfd(0, flags)
         self.err_fd = os.eventfd(0, flags)
         self.reset()
+
+    @staticmethod
+    @abstractmethod
+    def _areas(size: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]: ...
+
+    @abstractmethod
+    def reset(self, base: int = 0) -> None:
+        """An empty ring that stands at `base`, as a driver makes it at start."""
+
+    def close(self) -> None:
+        for fd in (self.kick_fd, self.call_fd, self.err_fd):
+            os.close(fd)
+
+    @abstractmethod
+    def add(self, chain: Sequence[Desc], *, indirect: bool = False) -> int:
+        """Lay out a chain and return what names it; not yet available."""
+
+    @abstractmethod
+    def offer(self, *heads: int) -> None:
+        """Make chains available that were added."""
+
+    @abstractmethod
+    def pop(self) -> Used | None:
+        """The next used element, if there is one; its descriptors are free again."""
+
+    @abstractmethod
+    def want_call(self) -> None:
+        """Ask for a call when the next element is used."""
+
+    def kick(self, count: int = 1) -> None:
+        os.eventfd_write(self.kick_fd, count)
+
+    def submit(self, chain: Sequence[Desc], *, indirect: bool = False) -> int:
+        head = self.add(chain, indirect=indirect)
+        self.offer(head)
+        self.kick()
+        return head
+
+    def submit_table(self, table: bytes, *, length: int | None = None) -> int:
+        """Submit raw bytes as an indirect table of claimed `length`."""
+        address = self.memory.alloc(len(table), 16)
+        self.memory.write(address, table)
+        size = len(table) if length is None else length
+        return self.submit([Desc(address, size, flags=INDIRECT)])
+
+    def wait(self, *, timeout: float = TIMEOUT) -> Used:
+        """The next used element, sleeping on the call eventfd.  Raises Hung."""
+        deadline = time.monotonic() + timeout
+        while True:
+            if self.event_idx:
+                self.want_call()
+                fence()
+            element = self.pop()
+            if element is not None:
+                return element
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise Hung(f"no completion in {timeout} s")
+            wait_fd(self.call_fd, f"no call in {timeout} s", timeout=left)
+
+    def wait_broken(self, *, timeout: float = TIMEOUT) -> None:
+        """Sleep until the server signals the err eventfd.  Raises Hung."""
+        wait_fd(
+            self.err_fd, "the err fd was not signalled: the ring is not broken", timeout=timeout
+        )
+
+
+def split(ring: Ring) -> SplitRing:
+    """The ring, which is split: for tests that look into it."""
+    assert isinstance(ring, SplitRing)
+    return ring
+
+
+class SplitRing(Ring):
+    """Descriptor table, avail and used ring of `size` entries, placed in `memory`."""
+
+    @staticmethod
+    def _areas(size: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        return (16 * size, 16), (6 + 2 * size, 2), (6 + 8 * size, 4)
 
     def reset(self, base: int = 0) -> None:
         """An empty ring whose indexes both stand at `base`, as a driver makes it at start."""
@@ -105,10 +190,6 @@ class SplitRing:
         self._free = list(range(self.size))
         self._chains: dict[int, list[int]] = {}
         self._tables: dict[int, tuple[int, int]] = {}
-
-    def close(self) -> None:
-        for fd in (self.kick_fd, self.call_fd, self.err_fd):
-            os.close(fd)
 
     # ---- raw fields ----
 
@@ -191,22 +272,6 @@ class SplitRing:
         self.avail_idx = index + len(heads)
         fence()
 
-    def kick(self, count: int = 1) -> None:
-        os.eventfd_write(self.kick_fd, count)
-
-    def submit(self, chain: Sequence[Desc], *, indirect: bool = False) -> int:
-        head = self.add(chain, indirect=indirect)
-        self.offer(head)
-        self.kick()
-        return head
-
-    def submit_table(self, table: bytes, *, length: int | None = None) -> int:
-        """Submit raw bytes as an indirect table of claimed `length`."""
-        address = self.memory.alloc(len(table), 16)
-        self.memory.write(address, table)
-        size = len(table) if length is None else length
-        return self.submit([Desc(address, size, flags=INDIRECT)])
-
     def wants_kick(self, old: int, new: int) -> bool:
         """Whether the device asked for a kick when avail.idx went from `old` to `new`
         (virtio 1.3, sections 2.7.10 and 2.7.10.1)."""
@@ -227,23 +292,5 @@ class SplitRing:
             self.memory.release(*table)
         return element
 
-    def wait(self, *, timeout: float = TIMEOUT) -> Used:
-        """The next used element, sleeping on the call eventfd.  Raises Hung."""
-        deadline = time.monotonic() + timeout
-        while True:
-            if self.event_idx:
-                self.used_event = self.last_used
-                fence()
-            element = self.pop()
-            if element is not None:
-                return element
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise Hung(f"no completion in {timeout} s")
-            wait_fd(self.call_fd, f"no call in {timeout} s", timeout=left)
-
-    def wait_broken(self, *, timeout: float = TIMEOUT) -> None:
-        """Sleep until the server signals the err eventfd.  Raises Hung."""
-        wait_fd(
-            self.err_fd, "the err fd was not signalled: the ring is not broken", timeout=timeout
-        )
+    def want_call(self) -> None:
+        self.used_event = self.last_used

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from .session import Session
 from .wire import TIMEOUT
@@ -50,7 +51,7 @@ class Server:
             raise
 
     @classmethod
-    def vdev(cls, *args: str | os.PathLike[str], env: Mapping[str, str] | None = None) -> Server:
+    def vdev(cls, *args: str | os.PathLike[str], env: Mapping[str, str] | None = None) -> Self:
         return cls([sys.executable, "-m", "vdev", *args], env=env)
 
     @property
@@ -78,7 +79,7 @@ class Server:
         finally:
             os.close(pidfd)
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -106,7 +107,14 @@ class Server:
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(TIMEOUT)
 
-    # ---- what the process holds ----
+    # ---- what the process holds, or the worker of `vdev serve` ----
+
+    @property
+    def worker_pid(self) -> int:
+        """Who serves: the only child, or the process itself."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        assert len(children) <= 1
+        return int(children[0]) if children else self.pid
 
     def check_alive(self) -> None:
         if (code := self.process.poll()) is not None:
@@ -115,7 +123,7 @@ class Server:
     def fds(self) -> Counter[str]:
         """What the open fds refer to; numbers of sockets and pipes left out."""
         found: Counter[str] = Counter()
-        directory = f"/proc/{self.pid}/fd"
+        directory = f"/proc/{self.worker_pid}/fd"
         for name in os.listdir(directory):
             try:
                 target = os.readlink(f"{directory}/{name}")
@@ -127,7 +135,7 @@ class Server:
     def shared_maps(self) -> Counter[str]:
         """The shared mappings, guest memory among them, by what they map."""
         found: Counter[str] = Counter()
-        for line in Path(f"/proc/{self.pid}/maps").read_text().splitlines():
+        for line in Path(f"/proc/{self.worker_pid}/maps").read_text().splitlines():
             fields = line.split(maxsplit=5)
             if fields[1].endswith("s"):
                 found[fields[5] if len(fields) > 5 else "anonymous"] += 1
@@ -135,7 +143,7 @@ class Server:
 
     def rss(self) -> int:
         """Resident memory in bytes."""
-        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * 4096
+        return int(Path(f"/proc/{self.worker_pid}/statm").read_text().split()[1]) * 4096
 
     def holdings(self, socket_path: str | os.PathLike[str]) -> tuple[Counter[str], Counter[str]]:
         """Fds and shared mappings while one new client is connected and has been answered.

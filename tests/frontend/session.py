@@ -8,17 +8,21 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from . import wire
+from .log import DirtyLog
 from .memory import GuestMemory, Region
-from .ring import SplitRing
+from .packed import PackedRing
+from .ring import Ring
 from .wire import NEED_REPLY, VERSION, Protocol, Request, Wire, u64, vring_addr, vring_state
 
 F_LOG_ALL = 1 << 26
+F_LOG_USED = 1  # VHOST_VRING_F_LOG, a flag of ring addresses
 F_ANY_LAYOUT = 1 << 27
 F_INDIRECT = 1 << 28
 F_EVENT_IDX = 1 << 29
 F_PROTOCOL_FEATURES = 1 << 30
 F_VERSION_1 = 1 << 32
 F_RING_PACKED = 1 << 34
+F_IN_ORDER = 1 << 35
 
 PROTOCOL_WANTED = (
     Protocol.MQ
@@ -135,24 +139,69 @@ class Session:
         else:
             self.set_mem_table(memory.regions)
 
+    # ---- the dirty log ----
+
+    def set_log_base(self, log: DirtyLog) -> None:
+        assert self.wire.ask(Request.SET_LOG_BASE, log.pack(), [log.fd]).u64 == 0
+
+    def start_logging(self, log: DirtyLog, rings: Sequence[Ring]) -> None:
+        """In QEMU's order: the log, LOG_ALL, and the rings' addresses once more."""
+        self.set_log_base(log)
+        self.set_features(self.features | F_LOG_ALL)
+        for index, ring in enumerate(rings):
+            self.set_vring_addr(index, ring, log=ring.used)
+
+    def stop_logging(self, rings: Sequence[Ring]) -> None:
+        self.set_features(self.features & ~F_LOG_ALL)
+        for index, ring in enumerate(rings):
+            self.set_vring_addr(index, ring)
+
+    # ---- in-flight tracking ----
+
+    def get_inflight_fd(self, num_queues: int, queue_size: int) -> tuple[bytes, int]:
+        """What describes the region that the server made, and its file, which is the caller's."""
+        asked = wire.INFLIGHT.pack(0, 0, num_queues, queue_size)
+        reply = self.wire.ask(Request.GET_INFLIGHT_FD, asked)
+        (fd,) = reply.fds
+        return reply.payload, fd
+
+    def set_inflight_fd(self, description: bytes, fd: int) -> None:
+        self.do(Request.SET_INFLIGHT_FD, description, [fd])
+
+    # ---- the device's state ----
+
+    def set_device_state_fd(self, direction: int, fd: int, *, phase: int = 0) -> int:
+        """Bits 0-7: an error; bit 8: no descriptor comes along."""
+        asked = wire.VRING_STATE.pack(direction, phase)
+        return self.wire.ask(Request.SET_DEVICE_STATE_FD, asked, [fd]).u64
+
+    def check_device_state(self) -> int:
+        """0, or an error."""
+        return self.wire.ask(Request.CHECK_DEVICE_STATE).u64
+
     # ---- rings ----
 
-    def configure_ring(self, index: int, ring: SplitRing, *, base: int = 0) -> None:
+    def configure_ring(self, index: int, ring: Ring, *, base: int = 0) -> None:
         """Everything but kick and enable: the ring stays stopped."""
         self.do(Request.SET_VRING_NUM, vring_state(index, ring.size))
-        self.do(Request.SET_VRING_BASE, vring_state(index, base))
+        start = ring.base if isinstance(ring, PackedRing) and not base else base
+        self.do(Request.SET_VRING_BASE, vring_state(index, start))
         self.set_vring_addr(index, ring)
         self.do(Request.SET_VRING_ERR, u64(index), [ring.err_fd])
         self.do(Request.SET_VRING_CALL, u64(index), [ring.call_fd])
 
-    def set_vring_addr(self, index: int, ring: SplitRing) -> None:
+    def set_vring_addr(self, index: int, ring: Ring, *, log: int | None = None) -> None:
+        """log: the guest address at which the used ring is to be logged."""
         user = ring.memory.user_addr
+        flags = 0 if log is None else F_LOG_USED
         self.do(
             Request.SET_VRING_ADDR,
-            vring_addr(index, user(ring.desc), user(ring.used), user(ring.avail)),
+            vring_addr(
+                index, user(ring.desc), user(ring.used), user(ring.avail), log=log or 0, flags=flags
+            ),
         )
 
-    def set_vring_kick(self, index: int, ring: SplitRing) -> None:
+    def set_vring_kick(self, index: int, ring: Ring) -> None:
         self.do(Request.SET_VRING_KICK, u64(index), [ring.kick_fd])
 
     def set_vring_call(self, index: int, fd: int) -> None:
@@ -161,9 +210,7 @@ class Session:
     def enable(self, index: int, on: bool = True) -> None:
         self.do(Request.SET_VRING_ENABLE, vring_state(index, int(on)))
 
-    def start_ring(
-        self, index: int, ring: SplitRing, *, base: int = 0, enable: bool = True
-    ) -> None:
+    def start_ring(self, index: int, ring: Ring, *, base: int = 0, enable: bool = True) -> None:
         self.configure_ring(index, ring, base=base)
         self.set_vring_kick(index, ring)
         if enable and self.features & F_PROTOCOL_FEATURES:

@@ -96,6 +96,7 @@ class Protocol(enum.IntFlag):
     STATUS = 1 << 16
     XEN_MMAP = 1 << 17
     DEVICE_STATE = 1 << 19
+    GET_VRING_BASE_INFLIGHT = 1 << 20
 
 
 class Closed(Exception):

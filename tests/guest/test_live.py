@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import pytest_asyncio
 
-from tests.lab import fio
+from tests.guest.pausing import check_pauses
 from tests.lab.lab import Lab
 from tests.lab.process import run
 from tests.lab.qemu import Guest
@@ -47,20 +47,7 @@ async def _device_name(machine: Machine) -> str:
 
 async def test_a_paused_guest_goes_on_where_it_was(machine: Machine) -> None:
     """QEMU stops the rings and lets go of the device on stop; on cont it takes it up again."""
-    load = asyncio.create_task(fio.verify(machine.guest, "/dev/vdb", _SIZE >> 20))
-    for _ in range(3):
-        seen = await _requests(machine)
-        while await _requests(machine) < seen + 100:
-            assert not load.done(), "the load ended before it was paused"
-        await machine.guest.monitor.execute("stop")
-        await machine.guest.monitor.execute("cont")
-    result = await load
-    assert (result.errors, result.read_bytes) == (0, _SIZE)
-
-
-async def _requests(machine: Machine) -> int:
-    queues = await machine.server.queue_stats(machine.data.socket)
-    return sum(queue["requests"] for queue in queues)
+    await check_pauses(machine.server, machine.guest, machine.data, _SIZE)
 
 
 async def test_write_through_chosen_by_the_guest_outlives_a_pause(machine: Machine) -> None:

@@ -27,7 +27,7 @@ from tests.frontend.blk import (
     check_healthy,
     header,
 )
-from tests.frontend.ring import SplitRing, is_signalled
+from tests.frontend.ring import Ring, SplitRing, is_signalled, split
 from tests.frontend.server import Server
 from tests.frontend.wire import NEED_REPLY, VERSION, Closed, Request
 
@@ -44,13 +44,12 @@ OWN_REPLY = {
     Request.GET_VRING_BASE,
     Request.GET_CONFIG,
     Request.GET_INFLIGHT_FD,
+    Request.SET_LOG_BASE,
     Request.GET_MAX_MEM_SLOTS,
     Request.GET_STATUS,
-    Request.SET_DEVICE_STATE_FD,
-    Request.CHECK_DEVICE_STATE,
 }
-"""Requests whose reply is not an acknowledgement: NEED_REPLY changes nothing, so their refusal is
-a closed connection."""
+"""Requests whose reply is not an acknowledgement, and cannot say no: NEED_REPLY changes nothing, so
+their refusal is a closed connection."""
 
 
 @dataclass(frozen=True)
@@ -112,18 +111,18 @@ def check_unchanged(disk: BlkClient) -> None:
 
 def spare_ring(disk: BlkClient, stack: ExitStack, size: int = 64) -> SplitRing:
     """A ring in `disk`'s memory that is not known to the server yet."""
-    ring = disk.new_ring(size)
+    ring = split(disk.new_ring(size))
     stack.callback(ring.close)
     return ring
 
 
-def start_spare(disk: BlkClient, ring: SplitRing | None = None) -> SplitRing:
+def start_spare(disk: BlkClient, ring: Ring | None = None) -> SplitRing:
     """Set up and start the spare ring properly; from now on `disk` owns it."""
     if ring is None:
         ring = disk.new_ring()
     disk.rings.append(ring)
     disk.start_ring(SPARE, ring)
-    return ring
+    return split(ring)
 
 
 def submit_slow(disk: BlkClient, count: int = 12, queue: int = 0) -> list[Pending]:
@@ -141,7 +140,7 @@ def submit_slow(disk: BlkClient, count: int = 12, queue: int = 0) -> list[Pendin
 
 def expect_broken(disk: BlkClient, queue: int = 0) -> None:
     """Letter Q: the ring has broken, alone, and takes nothing more."""
-    ring = disk.rings[queue]
+    ring = split(disk.rings[queue])
     ring.wait_broken()
     used = ring.used_idx
     # A proper request, after the break: it must stay where it is.

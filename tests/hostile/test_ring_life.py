@@ -10,6 +10,7 @@ import pytest
 
 from tests.frontend import wire
 from tests.frontend.blk import S_OK, SECTOR, T_IN, header
+from tests.frontend.ring import split
 from tests.frontend.wire import Request, u64, vring_state
 
 from .target import (
@@ -58,7 +59,7 @@ def test_cp25_base_is_legal(victim: Target, base: int) -> None:
 @pytest.mark.parametrize("ahead", [65, 1000, 0x8000, 0xFFFF], ids="cp25-avail-ahead-by-{}".format)
 def test_cp25_avail_too_far_ahead_of_the_base(victim: Target, ahead: int) -> None:
     with victim.client() as disk:
-        ring = disk.new_ring()
+        ring = split(disk.new_ring())
         ring.avail_idx = ahead
         start_spare(disk, ring)
         ring.kick()

@@ -15,7 +15,17 @@ from collections.abc import Callable
 import pytest
 
 from tests.frontend.blk import S_OK, SECTOR, T_IN, T_OUT, BlkClient, header
-from tests.frontend.ring import DESC, INDIRECT, NEXT, WRITE, Desc, SplitRing, pack_table, wait_fd
+from tests.frontend.ring import (
+    DESC,
+    INDIRECT,
+    NEXT,
+    WRITE,
+    Desc,
+    SplitRing,
+    pack_table,
+    split,
+    wait_fd,
+)
 from tests.frontend.wire import TIMEOUT
 
 from .target import QUEUES, Target, check_serves
@@ -169,7 +179,7 @@ def ring_addresses(ring: SplitRing) -> dict[str, int]:
 def test_r50_read_into_a_ring(victim: Target, part: str, queue: int) -> None:
     """The disk's content lands on a ring: that driver's loss, and no one else's."""
     with victim.client(queues=QUEUES) as disk:
-        target = ring_addresses(disk.rings[queue])[part] & ~0xF
+        target = ring_addresses(split(disk.rings[queue]))[part] & ~0xF
         head = disk.memory.alloc(16, 16)
         status = disk.memory.alloc(1)
         disk.memory.write(head, header(T_IN, 8))

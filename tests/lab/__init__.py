@@ -16,4 +16,13 @@ One noun a file, from the host upwards:
     server    one `vdev serve` process
     network   names and addresses that clash with nothing
     lab       all of it together: ``async with Lab(...) as lab, lab.boot(...) as guest``
+
+The KVM lab, a machine with a /dev/kvm that works wherever QEMU does:
+
+    cpio         files to append to an initrd
+    innermost    what is booted on that KVM: kernels and an initrd
+    outer        the machine itself, on the host's root
+    kvm          ``python -m tests.lab.kvm -- COMMAND``
+    inner_tests  a pytest plugin: tests/vmm/kvm run in there as tests of the outer run
+    relay        its other half, inside
 """

@@ -14,6 +14,9 @@ import itertools
 import socket
 from typing import Any, NamedTuple
 
+# A guest that migrates goes on with the commands that were sent to its agent elsewhere.
+_ids = itertools.count(1)
+
 
 class Result(NamedTuple):
     """What a command in the guest came to."""
@@ -32,7 +35,6 @@ class Agent:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
-        self._ids = itertools.count(1)
         self._pending: dict[int, asyncio.Future[Result]] = {}
         self._events: dict[str, asyncio.Future[None]] = {}
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -50,7 +52,7 @@ class Agent:
 
     async def run(self, command: str) -> Result:
         """Run a shell command in the guest to its end."""
-        number = next(self._ids)
+        number = next(_ids)
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._pending[number] = answer
         try:

@@ -22,14 +22,16 @@ class Device(Protocol):
 
 @dataclass(frozen=True)
 class Disk:
-    """A vhost-user-blk device."""
+    """A vhost-user-blk device; `reconnect`: QEMU looks every second whether its server is back."""
 
     socket: Path
     queues: int = 1
     options: str = ""
+    reconnect: bool = False
 
     def arguments(self, index: int, *, kvm: bool) -> Sequence[str]:
-        back_end = ["-chardev", f"socket,id=disk{index},path={self.socket}"]
+        again = ",reconnect=1" if self.reconnect else ""
+        back_end = ["-chardev", f"socket,id=disk{index},path={self.socket}{again}"]
         return [*back_end, *_disk(index, f"vhost-user-blk-pci,chardev=disk{index}", self)]
 
 

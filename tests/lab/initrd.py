@@ -38,36 +38,59 @@ mount --move /proc /root/proc
 exec switch_root /root /sbin/init
 """
 
+_APPLETS = ("cat", "insmod", "mount", "poweroff", "sh", "switch_root")
 
-def _busybox() -> bytes:
+
+def busybox() -> bytes:
+    """The host's busybox, which is linked statically."""
     return Path(shutil.which("busybox") or "/bin/busybox").read_bytes()
 
 
-async def build(kernel: Kernel, modules: tuple[str, ...] = MODULES) -> Path:
+async def build(
+    kernel: Kernel,
+    modules: tuple[str, ...] = MODULES,
+    init: str = _INIT,
+    applets: tuple[str, ...] = _APPLETS,
+) -> Path:
     """The initrd for this kernel with these modules, made when not in the cache.
 
     It is not compressed: unpacking would cost an emulated CPU more than reading does.
     """
-    busybox = _busybox()
-    name = cache.digest(kernel.image.parent.parent.name, *modules, _INIT, busybox)
+    program = busybox()
+    name = cache.digest(kernel.image.parent.parent.name, *modules, init, *applets, program)
 
     async def make(into: Path) -> None:
         tree = into / "tree"
-        for directory in ("bin", "dev", "modules", "proc", "root"):
+        for directory in ("bin", "dev", "modules", "proc", "root", "sys"):
             (tree / directory).mkdir(parents=True)
-        (tree / "bin/busybox").write_bytes(busybox)
-        (tree / "bin/busybox").chmod(0o755)
-        for applet in ("cat", "insmod", "mount", "poweroff", "sh", "switch_root"):
-            (tree / "bin" / applet).symlink_to("busybox")
-        (tree / "init").write_text(_INIT)
-        (tree / "init").chmod(0o755)
+        add_busybox(tree, applets)
+        add_script(tree / "init", init)
         files = await kernel.modules(*modules)
         for file in files:
             shutil.copy(file, tree / "modules" / file.name)
         (tree / "modules/order").write_text("".join(f"{file.name}\n" for file in files))
-        script = 'cd "$1" && find . | cpio --quiet -o -H newc -R 0:0 >"$2"'
-        await run("sh", "-c", script, "sh", tree, into / "initrd")
-        shutil.rmtree(tree)
-        os.chmod(into / "initrd", 0o644)
+        await pack(tree, into / "initrd")
 
     return await cache.entry(f"initrd-{name}", make) / "initrd"
+
+
+def add_busybox(tree: Path, applets: tuple[str, ...]) -> None:
+    """Put busybox with these names into the tree's ``bin``."""
+    (tree / "bin/busybox").write_bytes(busybox())
+    (tree / "bin/busybox").chmod(0o755)
+    for applet in applets:
+        (tree / "bin" / applet).symlink_to("busybox")
+
+
+def add_script(path: Path, text: str) -> None:
+    """Write a file that can be executed."""
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+async def pack(tree: Path, target: Path) -> None:
+    """Make the initrd of a tree, and remove the tree."""
+    script = 'cd "$1" && find . | cpio --quiet -o -H newc -R 0:0 >"$2"'
+    await run("sh", "-c", script, "sh", tree, target)
+    shutil.rmtree(tree)
+    os.chmod(target, 0o644)

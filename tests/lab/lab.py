@@ -94,25 +94,38 @@ class Lab:
 
     @contextlib.asynccontextmanager
     async def boot(
-        self, disks: Sequence[BlkDevice], nics: Sequence[NetDevice] = (), **settings: Any
+        self,
+        disks: Sequence[BlkDevice],
+        nics: Sequence[NetDevice] = (),
+        *,
+        reconnect: bool = False,
+        device_options: str = "",
+        **settings: Any,
     ) -> AsyncIterator[Guest]:
         """A guest on served devices; the first disk is its root.
 
-        Its interfaces are up and addressed. The settings are those of ``Machine``.
+        Its interfaces are up and addressed, unless it comes from elsewhere (``incoming``).
+        ``reconnect``: its disks may lose their server.  ``device_options`` are QEMU's for each
+        device; the settings are those of ``Machine``.
         """
         if all(disk.read_only for disk in disks[:1]):
             settings.setdefault("cmdline", "ro")
         machine = Machine(
             kernel=self._kernel.image,
             initrd=self._initrd,
-            disks=[Disk(disk.socket, disk.queues) for disk in disks],
-            nics=[Nic(nic.socket, nic.mac or "", nic.queues, nic.mtu) for nic in nics],
+            disks=[
+                Disk(disk.socket, disk.queues, device_options, reconnect=reconnect)
+                for disk in disks
+            ],
+            nics=[
+                Nic(nic.socket, nic.mac or "", nic.queues, nic.mtu, device_options) for nic in nics
+            ],
             **settings,
         )
         async with booted(machine, f"guest{next(self._numbers)}", self.directory) as guest:
             watches = [asyncio.create_task(_die_with(server, guest)) for server in self._servers]
             try:
-                for index, nic in enumerate(nics):
+                for index, nic in enumerate(nics if machine.incoming is None else ()):
                     await self._address(guest, f"eth{index}", nic, index)
                 yield guest
             finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from collections.abc import Callable
 from typing import Any
 
 
@@ -19,6 +20,7 @@ class Qmp:
         self._reader = reader
         self._writer = writer
         self._turn = asyncio.Lock()
+        self._events: list[dict[str, Any]] = []
 
     @classmethod
     async def open(cls, monitor: socket.socket) -> Qmp:
@@ -31,7 +33,7 @@ class Qmp:
         await self.execute("qmp_capabilities")
 
     async def execute(self, command: str, **arguments: Any) -> Any:
-        """Run a command and return what it returns; events in between are passed over."""
+        """Run a command and return what it returns; events in between wait for `event`."""
         async with self._turn:
             message = {"execute": command, "arguments": arguments}
             self._writer.write(json.dumps(message).encode() + b"\n")
@@ -42,7 +44,20 @@ class Qmp:
                     raise QmpError(f"{command}: {answer['error']['desc']}")
                 if "return" in answer:
                     return answer["return"]
+                self._events.append(answer)
         raise QmpError(f"{command}: the monitor was closed")
+
+    async def event(self, name: str, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The data of the next event of that name that is wanted; those before it are forgotten."""
+        async with self._turn:
+            while True:
+                while self._events:
+                    event = self._events.pop(0)
+                    if event["event"] == name and wanted(event["data"]):
+                        return dict(event["data"])
+                if not (line := await self._reader.readline()):
+                    raise QmpError(f"event {name}: the monitor was closed")
+                self._events.append(json.loads(line))
 
     def close(self) -> None:
         """Give up the connection."""

@@ -1,7 +1,8 @@
 """The guest's root file system: a Debian userland made by mmdebstrap, as an ext4 image.
 
-It holds the tools that the tests run and no init system: process 1 is ``guest_init.sh``. Its
-modules are all in the initrd, so that it does not depend on the kernel.
+It holds the tools that the tests run and no init system: process 1 is ``guest_init.sh``, or, as
+``/sbin/login-init``, ``guest_login.sh``. Its modules are all in the initrd, so that it does not
+depend on the kernel.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ PACKAGES = (
     "iperf3",
     "iproute2",
     "iputils-ping",
+    "socat",
     "util-linux",
 )
+PASSWORD = "open sesame"
+"""Of root."""
 _SUITE = "bookworm"
 _SIZE = "1G"
 _LEFT_OUT = ("doc", "info", "locale", "man")
@@ -29,9 +33,13 @@ _SOURCE = "$(ORIGIN)\t$(RELEASE)\t$(REPO_URI)\t$(COMPONENT)"
 
 async def build() -> Path:
     """The image, made when not in the cache. It is a template: every guest gets a copy."""
-    init = Path(__file__).with_name("guest_init.sh").read_bytes()
+    here = Path(__file__).parent
+    inits = {
+        "sbin/init": (here / "guest_init.sh").read_bytes(),
+        "sbin/login-init": (here / "guest_login.sh").read_bytes(),
+    }
     options = _mmdebstrap_options()
-    name = cache.digest(_SUITE, _SIZE, *options, init)
+    name = cache.digest(_SUITE, _SIZE, *options, *inits.values())
 
     async def make(into: Path) -> None:
         tree = into / "tree"
@@ -49,9 +57,10 @@ async def build() -> Path:
             *sources,
             env={"SOURCE_DATE_EPOCH": "0"},
         )
-        (tree / "sbin/init").unlink(missing_ok=True)
-        (tree / "sbin/init").write_bytes(init)
-        (tree / "sbin/init").chmod(0o755)
+        for path, content in inits.items():
+            (tree / path).unlink(missing_ok=True)
+            (tree / path).write_bytes(content)
+            (tree / path).chmod(0o755)
         image = into / "root.img"
         await run("truncate", "-s", _SIZE, image)
         await run("mkfs.ext4", "-q", "-F", "-L", "vdev-root", "-d", tree, image)
@@ -66,6 +75,7 @@ def _mmdebstrap_options() -> list[str]:
         "--variant=minbase",
         f"--include={','.join(PACKAGES)}",
         *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in _LEFT_OUT),
+        f"--customize-hook=echo 'root:{PASSWORD}' | chroot \"$1\" chpasswd",
     ]
 
 

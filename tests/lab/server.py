@@ -31,6 +31,7 @@ class BlkDevice:
     serial: str | None = None
     cache: str | None = None
     engine: str | None = None
+    lock: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,11 +86,15 @@ class Server:
         self.told_to_stop = True
         return await self.process.stop()
 
-    async def queue_stats(self, socket: Path) -> list[dict[str, Any]]:
-        """The counters of each queue of the device on this socket, as ``vdev status`` has them."""
+    async def status(self, socket: Path) -> dict[str, Any]:
+        """What ``vdev status`` says of the device on this socket."""
         (status,) = json.loads(await run(*command(), "status", str(self.process.pid), "--json"))
         (device,) = (d for d in status["devices"] if d["socket"] == str(socket))
-        queues: list[dict[str, Any]] = device["stats"]["queues"]
+        return dict(device)
+
+    async def queue_stats(self, socket: Path) -> list[dict[str, Any]]:
+        """The counters of each queue of that device."""
+        queues: list[dict[str, Any]] = (await self.status(socket))["stats"]["queues"]
         return queues
 
 

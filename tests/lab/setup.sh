@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Prepares a Debian 12 machine for `make demo`; with the argument `peers` also for `make test` and
-# `make perf`, which run other servers and valgrind. Installs the packages that are missing (and
-# only those), creates .venv, builds vdev into it. Repeating it costs about a second.
+# `make perf`, which run other servers, valgrind and iasl; with the argument `fuzz` for `make fuzz`,
+# which runs clang's fuzzer and atheris. Installs the packages that are missing (and only those),
+# creates .venv, builds vdev into it. Repeating it costs about a second.
 set -euo pipefail
 
 top=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -27,13 +28,16 @@ command -v apt-get >/dev/null || die "this needs Debian (apt-get was not found)"
 # gcc only recommends libc6-dev and qemu-system-x86 only recommends its tools: all are named here,
 # since recommended packages (a desktop's worth for QEMU) are left out.
 packages=(
-    ca-certificates git make gcc libc6-dev pkg-config liburing-dev
+    ca-certificates git make gcc libc6-dev pkg-config liburing-dev libseccomp-dev
     qemu-system-x86 qemu-system-common qemu-utils
-    fio iperf3 mmdebstrap busybox-static cpio kmod e2fsprogs mount util-linux
+    fio iperf3 mmdebstrap busybox-static cpio kmod lz4 e2fsprogs mount util-linux
     iproute2 iputils-ping ethtool shellcheck
 )
 if [ "${1:-}" = peers ]; then
-    packages+=(dpdk-dev valgrind)
+    packages+=(dpdk-dev valgrind acpica-tools)
+fi
+if [ "${1:-}" = fuzz ]; then
+    packages+=(clang-14 libclang-rt-14-dev)
 fi
 python=$(command -v python3 || true)
 if [ -z "$python" ]; then
@@ -68,6 +72,12 @@ fi
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     die "$python is $("$python" --version 2>&1), vdev needs Python 3.11 or newer"
 
+# The list at that place of pyproject.toml, a line each.
+requirements() {
+    "$python" -c "import tomllib
+print(*tomllib.load(open('pyproject.toml', 'rb'))$1, sep='\n')"
+}
+
 # An editable install rebuilds itself when imported; a new install is only needed when the
 # packaging or the interpreter changes.
 wanted=$({
@@ -77,8 +87,7 @@ wanted=$({
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     say "creating $venv with $("$python" --version 2>&1)"
     "$python" -m venv "$venv"
-    mapfile -t tools < <("$python" -c 'import tomllib
-print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")')
+    mapfile -t tools < <(requirements '["build-system"]["requires"]')
     say "installing the build tools into $venv: ${tools[*]}"
     "$venv/bin/python" -m pip install -q --disable-pip-version-check "${tools[@]}"
     say "building vdev and installing it into $venv with what its tests need"
@@ -88,4 +97,9 @@ print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], s
 else
     # Rebuilds what has changed now, as this user, rather than later as root.
     "$venv/bin/python" -c 'import vdev' || die "vdev does not build; see the messages above"
+fi
+if [ "${1:-}" = fuzz ] && ! "$venv/bin/python" -c 'import atheris' 2>/dev/null; then
+    mapfile -t tools < <(requirements '["project"]["optional-dependencies"]["fuzz"]')
+    say "installing into $venv: ${tools[*]}"
+    "$venv/bin/python" -m pip install -q --disable-pip-version-check "${tools[@]}"
 fi

@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ROOT / "native"
-HEADER = SOURCES / "include" / "libvhost.h"
+HEADERS = sorted((SOURCES / "include").glob("*.h"))
 PROGRAMS = sorted(path.stem for path in (SOURCES / "tests").glob("test_*.c"))
 
 # What each kind of build is for, as meson options.
@@ -19,6 +20,13 @@ KINDS: Mapping[str, Sequence[str]] = {
     "address": ["-Dbuildtype=debugoptimized", "-Db_sanitize=address,undefined"],
     "thread": ["-Dbuildtype=debugoptimized", "-Db_sanitize=thread"],
 }
+# Needs clang; the fuzzer's libraries are linked to its targets alone.
+FUZZ = [
+    *KINDS["address"],
+    *("-Dfuzz=true", "-Dc_args=-fsanitize=fuzzer-no-link -fno-sanitize-recover=all"),
+    *("-Dwerror=false",),
+]
+CLANG = "clang-14"
 
 
 def run(*command: str, env: Mapping[str, str] | None = None) -> str:
@@ -39,12 +47,26 @@ def run(*command: str, env: Mapping[str, str] | None = None) -> str:
 
 def build(kind: str) -> Path:
     """Configures and compiles a kind of build with its tests; quick when repeated."""
+    where = _configure(kind, KINDS[kind])
+    run("meson", "compile", "-C", str(where))
+    run("meson", "compile", "-C", str(where), "native-tests", "fuzz")
+    return where
+
+
+@cache
+def build_fuzz() -> Path:
+    """The fuzz targets with the fuzzer in them. Needs clang."""
+    where = _configure("fuzz", FUZZ, env={"CC": CLANG})
+    run("meson", "compile", "-C", str(where), "fuzz")
+    return where
+
+
+def _configure(kind: str, options: Sequence[str], env: Mapping[str, str] | None = None) -> Path:
     where = ROOT / "build" / "native" / kind
     again = ["--reconfigure"] if (where / "build.ninja").exists() else []
     run(
         *("meson", "setup", *again, str(where), str(ROOT), "-Dpython=false", "-Db_lundef=false"),
-        *("--prefix", str(where / "prefix"), "--libdir", "lib", *KINDS[kind]),
+        *("--prefix", str(where / "prefix"), "--libdir", "lib", *options),
+        env=env,
     )
-    run("meson", "compile", "-C", str(where))
-    run("meson", "compile", "-C", str(where), "native-tests")
     return where

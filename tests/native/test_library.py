@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.native.build import HEADER, SOURCES, run
+from tests.native.build import HEADERS, SOURCES, run
 
 CC = os.environ.get("CC", "cc")
 
@@ -41,8 +41,9 @@ def prefix(built: Callable[[str], Path]) -> Path:
 
 
 def declared_functions() -> set[str]:
-    text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
-    return set(re.findall(r"\b(vhost_\w+)\s*\(", text))
+    text = "".join(header.read_text() for header in HEADERS)
+    text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
+    return set(re.findall(r"\b((?:vhost|vmm|sandbox)_\w+)\s*\(", text))
 
 
 def exported_symbols(library: Path) -> set[str]:
@@ -70,12 +71,13 @@ def test_map_and_header_agree() -> None:
 
 
 @pytest.mark.parametrize("standard", ["c11", "gnu11", "gnu17"])
-def test_header_stands_alone(tmp_path: Path, standard: str) -> None:
+@pytest.mark.parametrize("header", HEADERS, ids=lambda header: header.name)
+def test_header_stands_alone(tmp_path: Path, header: Path, standard: str) -> None:
     source = tmp_path / "alone.c"
-    source.write_text("#include <libvhost.h>\n#include <libvhost.h>\nint x;\n")
+    source.write_text(f"#include <{header.name}>\n#include <{header.name}>\nint x;\n")
     run(
         *(CC, f"-std={standard}", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-fsyntax-only"),
-        *("-I", str(HEADER.parent), str(source)),
+        *("-I", str(header.parent), str(source)),
     )
 
 

@@ -79,6 +79,12 @@ class Served:
         assert isinstance(self._server.device, NetDevice)
         return self._server.device
 
+    def features(self) -> list[str]:
+        """The names of those that the driver accepted."""
+        assert self._server is not None
+        names: list[str] = self._server.status()["features"]
+        return names
+
     @property
     def tap(self) -> str:
         return self.device.tap.name

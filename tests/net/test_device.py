@@ -10,8 +10,9 @@ import pytest
 from tests.frontend.net import F_MQ, F_MTU, FEATURES, NetClient
 from tests.frontend.session import PROTOCOL_WANTED, Refused, Session
 from tests.frontend.wire import Protocol, Request, u64
-from vdev.errors import UserError
+from vdev.errors import PeerError, UserError
 from vdev.net.device import parse_mac, stable_mac
+from vdev.virtio.vhost_user.state import decode_state, encode_state
 
 from .namespace import Namespace
 from .served import Served
@@ -92,6 +93,28 @@ def test_the_link_may_go_down_and_up(card: Served, nic: NetClient) -> None:
         card.call(lambda up=up: card.device.set_link(up))  # type: ignore[misc]
         assert nic.config().status == int(up)
     assert told == [0, 1]
+
+
+def test_the_link_s_state_moves_with_the_card(card: Served) -> None:
+    device = card.device
+    card.call(lambda: device.set_link(False))
+    state = encode_state(device)
+    card.call(lambda: device.set_link(True))
+    for bad in (
+        {"link_up": 1},
+        {"link_up": True, "more": 0},
+        {"writeback": True},
+        {"mtu": "1500"},
+        {"mtu": True},
+    ):
+        with pytest.raises(ValueError, match="not the state of a network card"):
+            device.restore(bad)
+    assert device.link_up
+    with pytest.raises(PeerError, match="MTU 67"):
+        card.call(lambda: device.restore({"link_up": False, "mtu": 67}))
+    assert device.link_up
+    card.call(lambda: decode_state(device, state))
+    assert not device.link_up
 
 
 @pytest.mark.parametrize("mtu", [0, 67, 65536, 1 << 32])

@@ -14,7 +14,7 @@ import pytest
 
 from tests.frontend.net import NetClient
 from tests.frontend.server import Server
-from vdev.net.state import default_dir
+from vdev.runtime import runtime_dir
 
 from .frames import frame
 from .namespace import Namespace
@@ -26,7 +26,7 @@ VDEV = (sys.executable, "-m", "vdev", "net", "serve")
 def journals(ns: Namespace) -> list[Path]:
     """The journals of this namespace; other servers of this host have theirs."""
     ours = []
-    for path in default_dir().glob("net-*.json"):
+    for path in runtime_dir().glob("net-*.json"):
         with contextlib.suppress(FileNotFoundError):
             if str(os.fstat(ns.fd).st_ino) in path.read_text():
                 ours.append(path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import threading
 
 import pytest
 
@@ -13,7 +15,7 @@ from tests.frontend.net import (
     Header,
     NetClient,
 )
-from tests.frontend.ring import Desc, Used
+from tests.frontend.ring import Desc, Used, split
 
 from .frames import GSO, GSO_SIZE, LONG, frame, tcp_frame
 from .namespace import Namespace, PacketPort
@@ -123,8 +125,9 @@ def test_a_sent_chain_with_a_writable_part_is_dropped(
         Header(HDR_F_NEEDS_CSUM, 7, 54, GSO_SIZE, 34, 16),
         Header(HDR_F_NEEDS_CSUM, 0, 0, 0, 60000, 16),
         Header(HDR_F_NEEDS_CSUM, 0, 0, 0, 34, 60000),
+        Header(HDR_F_NEEDS_CSUM, GSO_TCPV4, 60000, GSO_SIZE, 34, 16),
     ],
-    ids=["gso_size 0", "gso_type 7", "csum_start", "csum_offset"],
+    ids=["gso_size 0", "gso_type 7", "csum_start", "csum_offset", "hdr_len"],
 )
 def test_a_header_that_lies_is_refused(
     card: Served, nic: NetClient, wire: PacketPort, header: Header
@@ -135,6 +138,47 @@ def test_a_header_that_lies_is_refused(
     sent = frame()
     nic.send(sent)
     assert wire.recv() == sent
+
+
+def test_a_segment_without_a_checksum_to_fill_in(
+    card: Served, nic: NetClient, wire: PacketPort
+) -> None:
+    """Case 63: the kernel looks for the checksum itself, or refuses; nothing else happens."""
+    nic.send(tcp_frame(3000), Header(0, GSO_TCPV4, 54, GSO_SIZE))
+    sent = frame()
+    nic.send(sent)
+    seen = []
+    while (got := wire.recv()) != sent:
+        seen.append(got)
+    assert bool(seen) != card.count(1, "drops_refused")
+
+
+def test_a_header_that_is_rewritten_while_it_is_sent(
+    card: Served, nic: NetClient, wire: PacketPort
+) -> None:
+    """Case 63: csum_start, gso_type and all else may change between any two looks."""
+    size = 12 + len(tcp_frame(3000))
+    address = nic.memory.alloc(size, 2)
+    over = threading.Event()
+
+    def rewrite() -> None:
+        noise = random.Random(1)
+        while not over.is_set():
+            nic.memory.write(address, noise.randbytes(12))
+
+    ring = nic.tx()
+    nic.memory.write(address + 12, tcp_frame(3000))
+    writer = threading.Thread(target=rewrite)
+    writer.start()
+    try:
+        for _ in range(2000):
+            head = ring.submit([Desc(address, size)])
+            assert ring.wait() == Used(head, 0)
+    finally:
+        over.set()
+        writer.join()
+    nic.send(frame())
+    assert card.count(1, "breaks") == 0
 
 
 @pytest.mark.parametrize("length", [1, 13, 66_000, 200_000])
@@ -169,7 +213,7 @@ def test_what_was_lost_with_a_server_is_sent_after_all(nic: NetClient, wire: Pac
     lost = [frame(100), frame(200)]
     for one in lost:
         nic.submit(Header().pack() + one)
-    nic.start_ring(1, nic.tx(), base=nic.tx().avail_idx)
+    nic.start_ring(1, nic.tx(), base=split(nic.tx()).avail_idx)
     for one in lost:
         assert wire.recv() == one
         nic.reap()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import pytest
 
 from vdev.errors import UserError
 from vdev.net.tap import Tap
-from vdev.net.wiring import Wiring
+from vdev.net.wiring import Wiring, sweep
 
 from .namespace import Namespace
 from .served import LOOPS
@@ -299,3 +302,79 @@ def test_names_are_found_for_many_taps(ns: Namespace, wired: Wire) -> None:
         assert one.tap.name != two.tap.name
         assert ns.names() == {"br7", one.tap.name, two.tap.name}
     assert ns.names() == set()
+
+
+# ---- another process ----
+
+
+def sweep_in(ns: Namespace, state_dir: Path) -> None:
+    ns.run(lambda: asyncio.run(sweep(state_dir)))
+
+
+def test_what_was_passed_on_is_in_use_until_it_is_closed(
+    ns: Namespace, tmp_path: Path, wired: Wire
+) -> None:
+    holder = wired(bridge="br7", tap="tap7", queues=2, address="10.1.0.1/24")
+    with holder as wiring:
+        opened = {name: os.dup(fd) for name, fd in wiring.opened().items()}
+        wiring.let_go()
+        # Leaving the block has nothing to undo any more, as if this process had ended.
+        holder.wiring = Wiring(tap="tap8", state_dir=tmp_path / "run")
+    assert set(opened) == {"queue0", "queue1", "journal"}
+    tap = Tap.adopt([opened["queue0"], opened["queue1"]])
+    sweep_in(ns, tmp_path / "run")
+    assert ns.addresses("br7") == ["10.1.0.1/24"]
+    assert tap.name == "tap7"
+    ns.run(lambda: tap.attach_queue(1, True))
+    tap.set_header(12, little_endian=True)
+    assert tap.header_len == 12
+    tap.close()
+    # The passed descriptors are still the caller's.
+    assert ns.link("tap7") is not None
+    for fd in opened.values():
+        os.close(fd)
+    assert ns.link("tap7") is None
+    sweep_in(ns, tmp_path / "run")
+    assert ns.names() == set()
+    assert journals(tmp_path) == []
+
+
+def test_nothing_made_is_nothing_to_keep(ns: Namespace, wired: Wire) -> None:
+    with wired(tap="tap7") as wiring:
+        assert set(wiring.opened()) == {"queue0"}
+
+
+def test_what_is_no_tap_is_not_adopted(ns: Namespace, tmp_path: Path, wired: Wire) -> None:
+    file = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    idle = os.open("/dev/net/tun", os.O_RDWR)
+    try:
+        with (
+            wired(tap="tap7", queues=2) as first,
+            wired(tap="tap8", queues=2) as second,
+        ):
+            before = len(os.listdir("/proc/self/fd"))
+            own, other = first.tap.fds, second.tap.fds
+            for fds in ([file], [idle], [own[0], file], [own[0], idle], [own[0], own[0]]):
+                with pytest.raises(UserError, match="no open queue of a tap"):
+                    Tap.adopt(fds)
+            with pytest.raises(UserError, match="tap tap7: queue 1 is one of tap8"):
+                Tap.adopt([own[0], other[1]])
+            assert len(os.listdir("/proc/self/fd")) == before
+            Tap.adopt(own).close()
+    finally:
+        os.close(file)
+        os.close(idle)
+
+
+def test_a_tap_without_a_header_is_not_adopted(ns: Namespace, wired: Wire) -> None:
+    def opened() -> int:
+        fd = os.open("/dev/net/tun", os.O_RDWR)
+        fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", b"tap7", 0x1002))  # TUNSETIFF
+        return fd
+
+    fd = ns.run(opened)
+    try:
+        with pytest.raises(UserError, match="tap tap7: opened with the flags 0x1002"):
+            Tap.adopt([fd])
+    finally:
+        os.close(fd)

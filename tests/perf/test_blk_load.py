@@ -9,6 +9,7 @@ import pytest
 
 from perf import servers
 from perf.frontend.blk import BlkFrontend, Pattern
+from perf.frontend.connection import RING_FEATURES, RING_PACKED
 from perf.model import Disk, Place
 from perf.serving import serving
 from vdev._native import lib
@@ -18,7 +19,9 @@ RINGS = {
     "plain": 0,
     "event_idx": 1 << lib.VIRTIO_F_EVENT_IDX,
     "indirect": 1 << lib.VIRTIO_F_INDIRECT_DESC,
-    "both": 1 << lib.VIRTIO_F_EVENT_IDX | 1 << lib.VIRTIO_F_INDIRECT_DESC,
+    "both": RING_FEATURES,
+    "packed": RING_PACKED,
+    "packed_both": RING_PACKED | RING_FEATURES,
 }
 
 
@@ -39,12 +42,24 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def test_every_byte_is_kept(disk: Path, ring: str, poll: bool) -> None:
     with BlkFrontend(disk, depth=32, block_size=4096, features=RINGS[ring]) as frontend:
         assert frontend.capacity == SIZE
+        assert frontend.has(lib.VIRTIO_F_RING_PACKED) == ring.startswith("packed")
         written = Pattern(write_percent=40, verify=True, poll=poll)
         outcome = frontend.run(written, requests=4000)
         assert (outcome.requests, outcome.errors, outcome.corrupt) == (4000, 0, 0)
         again = Pattern(random=False, verify=True, poll=poll)
         outcome = frontend.run(again, requests=SIZE // 4096)
         assert (outcome.errors, outcome.corrupt) == (0, 0)
+
+
+@pytest.mark.parametrize("ring", ["both", "packed_both"])
+def test_what_is_in_flight_may_be_noted(disk: Path, ring: str) -> None:
+    with BlkFrontend(
+        disk, depth=32, block_size=4096, features=RINGS[ring], inflight=True
+    ) as frontend:
+        assert frontend.frontend.has_protocol(lib.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD)
+        pattern = Pattern(write_percent=50, verify=True)
+        outcome = frontend.run(pattern, requests=4000)
+        assert (outcome.requests, outcome.errors, outcome.corrupt) == (4000, 0, 0)
 
 
 @pytest.mark.parametrize("depth", [1, 256])

@@ -132,7 +132,8 @@ def test_list_knows_every_suite_and_server(temporary: Path) -> None:
     done = perf("list", "--json", "--plugin", PLUGIN, temporary=temporary)
     assert done.returncode == 0, done.stderr
     listed = json.loads(done.stdout)
-    assert set(listed["suites"]) == {"blk", "blk-guest", "net", "net-guest", "scale", "start"}
+    suites = {"blk", "blk-guest", "net", "net-guest", "rings", "scale", "start"}
+    assert set(listed["suites"]) == suites
     assert {"vdev", "qsd", "spdk", "testpmd", "ch-block", "lies"} <= set(listed["servers"])
     assert listed["servers"]["vdev"].startswith("vdev ")
     assert perf("list", temporary=temporary).returncode == 0

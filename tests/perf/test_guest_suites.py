@@ -201,7 +201,9 @@ def test_a_server_that_hangs_is_reported(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr("perf.guest.target.START_SECONDS", 1.0)
         monkeypatch.setattr("perf.guest.target.MONITOR_SECONDS", 0.5)
         assert isinstance(target, GuestTarget)
-        os.kill(target.backend.pid, signal.SIGSTOP)
+        pid = target.backend.pid
+        (worker,) = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        os.kill(int(worker), signal.SIGSTOP)
         with pytest.raises(TimeoutError, match="did not end in time; the guest's shell answers"):
             target.measure(SECONDS)
         assert target.alive() is None

@@ -34,7 +34,7 @@ def test_the_functions_make_up_the_count() -> None:
     counted = measure(["net-tx-1"])
     functions = counted.functions["net-tx-1"]
     assert sum(functions.values()) == pytest.approx(counted.per_request["net-tx-1"])
-    assert {"ring_pop", "ring_push", "ring_publish", "net_tx_service"} <= functions.keys()
+    assert {"split_pop", "split_push", "split_publish", "net_tx_service"} <= functions.keys()
     # The guest's turn is no part of it.
     assert "uncounted" not in functions
     assert list(functions.values()) == sorted(functions.values(), reverse=True)

@@ -28,7 +28,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Port]]:
 
 
 def sent(
-    ports: list[Port], size: int, *, round_trip: bool, poll: bool, packets: int = 2000
+    ports: list[Port], size: int, *, round_trip: bool, poll: bool, packed: bool = False
 ) -> PacketOutcome:
     segmented = size > LARGEST
     there, back = (
@@ -36,8 +36,8 @@ def sent(
         for source, target in (MACS, MACS[::-1])
     )
     with (
-        NetFrontend(ports[0].socket, there, segmented=segmented) as source,
-        NetFrontend(ports[1].socket, back, segmented=segmented) as target,
+        NetFrontend(ports[0].socket, there, segmented=segmented, packed=packed) as source,
+        NetFrontend(ports[1].socket, back, segmented=segmented, packed=packed) as target,
     ):
         # The bridge learns where the target is.
         run(target, source, size=size, depth=1, packets=4, poll=poll)
@@ -45,7 +45,7 @@ def sent(
             *(source, target),
             size=size,
             depth=32,
-            packets=packets,
+            packets=2000,
             round_trip=round_trip,
             verify=True,
             poll=poll,
@@ -55,8 +55,11 @@ def sent(
 @pytest.mark.parametrize("poll", [False, True], ids=["sleeping", "polling"])
 @pytest.mark.parametrize("round_trip", [False, True], ids=["one way", "there and back"])
 @pytest.mark.parametrize("size", [64, LARGEST, 65000])
-def test_every_byte_arrives(network: list[Port], size: int, round_trip: bool, poll: bool) -> None:
-    outcome = sent(network, size, round_trip=round_trip, poll=poll)
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_every_byte_arrives(
+    network: list[Port], packed: bool, size: int, round_trip: bool, poll: bool
+) -> None:
+    outcome = sent(network, size, round_trip=round_trip, poll=poll, packed=packed)
     assert outcome.sent == 2000
     assert (outcome.received, outcome.lost, outcome.corrupt) == (2000, 0, 0)
     assert outcome.bytes == 2000 * size

@@ -11,7 +11,8 @@ from perf import images, servers, tools
 from perf.frontend import blk
 from perf.frontend.blk import Pattern
 from perf.loads.blk import NativeBlk
-from perf.model import Disk, Suite, Workload
+from perf.loads.scale import Scale
+from perf.model import Disk, Load, Suite, Workload
 from perf.results import DIED, ERRORS, HUNG, WRONG_DATA, Row
 from perf.run import Options, run_suite
 from tests.perf import bad_servers
@@ -32,7 +33,7 @@ def _plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     servers._known.update(known)
 
 
-def run(*names: str, load: NativeBlk = LOAD, options: Options = OPTIONS) -> Row:
+def run(*names: str, load: Load = LOAD, options: Options = OPTIONS) -> Row:
     workload = Workload("w", load, names, "series", ("iops", "server_cpu_us"), verified=True)
     rows: list[Row] = []
     said: list[tuple[str, float]] = []
@@ -124,6 +125,20 @@ def test_a_missing_program_names_its_package(
     assert "--tool vhost=PATH" in row.absent["spdk"]
     assert row.base
     assert row.failures == []
+
+
+@pytest.mark.parametrize(
+    "load",
+    [Scale(devices=3), Scale(queues=3), Scale(devices=3, loaded=False)],
+    ids=["disks", "queues", "connections"],
+)
+def test_many_at_once_keep_every_byte(load: Scale) -> None:
+    row = run("vdev", "qsd", load=load)
+    assert row.failures == []
+    for server in (*row.servers, row.again):
+        assert server
+        assert all(w.metrics["memory_mib"] > 0 for w in server.windows)
+        assert server.windows
 
 
 def test_known_servers_by_another_command() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from vdev._native import ffi, lib
 from vdev.errors import PeerError
-from vdev.virtio.device import Device
+from vdev.iothread import IOThread
+from vdev.virtio.device import NativeDevice
 from vdev.virtio.spec import RING_FEATURES
 from vdev.virtio.vhost_user.codec import HEADER_SIZE, NEED_REPLY, encode
 from vdev.virtio.vhost_user.table import TABLE
@@ -19,14 +20,15 @@ from vdev.virtio.vhost_user.table import TABLE
 TIMEOUT = 20  # seconds; only a hang takes as long
 
 
-class FakeDevice(Device):
+class FakeDevice(NativeDevice):
     """Two queues of a null disk; every call is written down in `said`."""
 
+    supports_inflight = True
     supports_mtu = True
     supports_rarp = True
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, iothreads: Sequence[IOThread] = ()) -> None:
+        super().__init__(iothreads)
         self.name = "fake"
         self.device_id = lib.VIRTIO_ID_BLOCK
         self.num_queues = 2
@@ -65,9 +67,6 @@ class FakeDevice(Device):
 
     def announce(self, mac: bytes) -> None:
         self.said.append(("announce", mac))
-
-    def close(self) -> None:
-        lib.vhost_device_free(self.native)
 
 
 class Peer:

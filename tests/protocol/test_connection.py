@@ -18,14 +18,17 @@ from tests.protocol.messages import ADDR, REGION
 from vdev._native import lib
 from vdev.iothread import IOThread
 from vdev.ratelog import RateLimitedLog
+from vdev.virtio.queue import F_RING_PACKED
 from vdev.virtio.spec import RING_FEATURES
 from vdev.virtio.vhost_user.backend import Backend
+from vdev.virtio.vhost_user.channel import Channel
 from vdev.virtio.vhost_user.codec import encode
 from vdev.virtio.vhost_user.connection import serve_connection
 from vdev.virtio.vhost_user.payloads import VRING_STATE, ConfigAccess, VringState
-from vdev.virtio.vhost_user.session import F_PROTOCOL, MEM_SLOTS
+from vdev.virtio.vhost_user.session import F_LOG_ALL, F_PROTOCOL, MEM_SLOTS
 
-FEATURES = RING_FEATURES | F_PROTOCOL
+SPLIT = RING_FEATURES & ~(F_RING_PACKED | 1 << lib.VIRTIO_F_IN_ORDER)
+FEATURES = SPLIT | F_PROTOCOL
 ALL = 0xFFFF_FFFF_FFFF_FFFF
 LOG = RateLimitedLog(logging.getLogger("test"), burst=10**6)
 FdCount = Callable[[], Counter[str]]
@@ -72,9 +75,9 @@ async def iothread(fd_count: FdCount) -> AsyncIterator[IOThread]:
 @pytest_asyncio.fixture
 async def served(iothread: IOThread) -> AsyncIterator[Served]:
     ours, theirs = socket.socketpair()
-    device = FakeDevice()
-    backend = Backend(device, [iothread], LOG)
-    task = asyncio.ensure_future(serve_connection(ours, backend, LOG))
+    device = FakeDevice([iothread])
+    backend = Backend(device, LOG)
+    task = asyncio.ensure_future(serve_connection(Channel(ours), backend, LOG))
     served = Served(device, backend, Peer(theirs), task)
     yield served
     served.peer.close()
@@ -88,15 +91,15 @@ async def served(iothread: IOThread) -> AsyncIterator[Served]:
 
 async def test_negotiation(served: Served) -> None:
     peer = served.peer
-    assert await peer.ask("GET_FEATURES") == FEATURES
+    assert await peer.ask("GET_FEATURES") == RING_FEATURES | F_PROTOCOL | F_LOG_ALL
     offered = await peer.ask("GET_PROTOCOL_FEATURES")
-    for bit in (0, 2, 3, 4, 5, 9, 10, 13, 15, 16):
+    for bit in (0, 1, 2, 3, 4, 5, 9, 10, 12, 13, 15, 16, 19, 20):
         assert offered >> bit & 1
-    assert offered.bit_count() == 10
+    assert offered.bit_count() == 14
     await served.negotiate()
     assert await peer.ask("GET_QUEUE_NUM") == 2
     assert await peer.ask("GET_MAX_MEM_SLOTS") == MEM_SLOTS
-    assert served.device.said == [("negotiate", RING_FEATURES)]
+    assert served.device.said == [("negotiate", SPLIT)]
 
 
 async def test_ring_life(served: Served, iothread: IOThread) -> None:
@@ -396,9 +399,9 @@ async def test_server_ends_in_the_middle(iothread: IOThread, fd_count: FdCount, 
     """Cancelled anywhere, everything is given back."""
     before = fd_count()
     ours, theirs = socket.socketpair()
-    device = FakeDevice()
-    backend = Backend(device, [iothread], LOG)
-    task = asyncio.ensure_future(serve_connection(ours, backend, LOG))
+    device = FakeDevice([iothread])
+    backend = Backend(device, LOG)
+    task = asyncio.ensure_future(serve_connection(Channel(ours), backend, LOG))
     served = Served(device, backend, Peer(theirs), task)
     await served.negotiate()
     await served.share()

@@ -36,8 +36,8 @@ async def iothread(fd_count: FdCount) -> AsyncIterator[IOThread]:
 
 @asynccontextmanager
 async def serving(endpoint: Endpoint, iothread: IOThread) -> AsyncIterator[DeviceServer]:
-    device = FakeDevice()
-    server = DeviceServer(device, endpoint, iothreads=[iothread])
+    device = FakeDevice([iothread])
+    server = DeviceServer(device, endpoint)
     await server.start()
     try:
         yield server

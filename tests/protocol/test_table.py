@@ -46,5 +46,6 @@ def test_nobody_acts_on_what_is_not_in_the_table() -> None:
 def test_what_is_refused_is_not_offered(row: Row) -> None:
     every = PROTOCOL_FEATURES | 1 << lib.VHOST_USER_PROTOCOL_F_MTU
     every |= 1 << lib.VHOST_USER_PROTOCOL_F_RARP
+    every |= 1 << lib.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD
     if row.protocol_feature is not None:
         assert bool(every >> row.protocol_feature & 1) == (row.refusal is None)

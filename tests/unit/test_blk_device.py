@@ -28,7 +28,7 @@ def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
         file = tmp_path / f"{len(devices)}.img"
         file.write_bytes(bytes(SIZE))
         image = open_image(str(file), read_only=read_only, cache=cache)
-        devices.append(BlkDevice(image, cache=cache, **options))
+        devices.append(BlkDevice(image, iothreads=(), cache=cache, **options))
         return devices[-1]
 
     yield make

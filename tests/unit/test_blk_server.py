@@ -66,7 +66,7 @@ async def test_iothreads_can_be_shared(folder: Path) -> None:
         vdev.blk.serve("a", "disk.img", iothreads=[thread]) as first,
         vdev.blk.serve("b", "null:1M", iothreads=[thread]) as second,
     ):
-        assert first.iothreads == second.iothreads == [thread]
+        assert first.device.iothreads == second.device.iothreads == [thread]
         assert await features("a")
         assert await features("b")
     await thread.close()

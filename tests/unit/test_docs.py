@@ -27,9 +27,10 @@ def test_the_configuration_example(tmp_path: Path) -> None:
     assert len(config.net) == 1
 
 
-def test_the_python_example() -> None:
-    (example,) = blocks("python")
-    ast.parse(example)
+@pytest.mark.parametrize("number", range(2), ids=["servers", "machine"])
+def test_the_python_examples(number: int) -> None:
+    example = blocks("python")[number]
+    compile(example, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     assert len([line for line in example.splitlines() if line]) <= 12
 
 

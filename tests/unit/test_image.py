@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import subprocess
@@ -260,3 +261,82 @@ def test_a_read_only_block_device(loop_device: str, opened: Callable[..., Image]
         open_image(loop_device)
     assert fds() == before
     assert opened(loop_device, read_only=True).size == SIZE
+
+
+def test_an_image_that_is_open_already(path: str, opened: Callable[..., Image]) -> None:
+    os.truncate(path, SIZE + 5)
+    fd = os.open(path, os.O_RDWR)
+    # What it is called needs not be there.
+    image = opened("/elsewhere/disk", fd=fd)
+    assert (image.path, image.size, image.kind) == ("/elsewhere/disk", SIZE, "file")
+    assert image.can_discard is opened_alike(path)
+    os.close(fd)
+    with pytest.raises(UserError, match="in use by this process"):
+        opened(path)
+    assert os.pwrite(image.fd, b"x", 7) == 1
+    image.close()
+    opened(path)
+
+
+def opened_alike(path: str) -> bool:
+    """Whether the file system punches holes, asked of a copy."""
+    shutil.copy(path, f"{path}.copy")
+    image = open_image(f"{path}.copy")
+    image.close()
+    return image.can_discard
+
+
+def test_the_cache_mode_decides_about_direct_not_whoever_opened_it(
+    path: str, opened: Callable[..., Image]
+) -> None:
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+    except OSError:
+        pytest.skip("this file system has no O_DIRECT")
+    assert not opened(path, fd=fd).direct
+    assert not fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT
+    assert opened(path, fd=fd, cache="none").direct
+    os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("flags", "read_only", "complaint"),
+    [
+        (os.O_RDONLY, False, "for reading and writing"),
+        (os.O_WRONLY, False, "for reading and writing"),
+        (os.O_WRONLY, True, "must be open for reading"),
+        (os.O_RDWR | os.O_APPEND, False, "must be open"),
+        (os.O_PATH, True, "must be open"),
+        (os.O_RDONLY, True, None),
+        (os.O_RDWR, True, None),
+    ],
+)
+def test_how_it_must_be_open(path: str, flags: int, read_only: bool, complaint: str | None) -> None:
+    fd = os.open(path, flags)
+    try:
+        before = fds()
+        if complaint is None:
+            open_image(path, read_only=read_only, fd=fd).close()
+        else:
+            with pytest.raises(UserError, match=complaint):
+                open_image(path, read_only=read_only, fd=fd)
+        assert fds() == before
+    finally:
+        os.close(fd)
+
+
+def test_what_is_open_and_no_image(tmp_path: Path) -> None:
+    folder = os.open(tmp_path, os.O_RDONLY)
+    reading, writing = os.pipe()
+    empty = os.open(tmp_path / "empty", os.O_RDWR | os.O_CREAT)
+    try:
+        before = fds()
+        for fd in (folder, reading, writing):
+            with pytest.raises(UserError, match="not a regular file nor a block device"):
+                open_image("it", fd=fd)
+        with pytest.raises(UserError, match="0 bytes are too few"):
+            open_image("it", fd=empty)
+        assert fds() == before
+    finally:
+        for fd in (folder, reading, writing, empty):
+            os.close(fd)

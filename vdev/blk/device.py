@@ -5,14 +5,20 @@ The requests themselves are served by the native engine; this is what surrounds 
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vdev._native import ffi, lib
 from vdev.blk.image import SECTOR, Image
 from vdev.blk.options import ENGINES
 from vdev.errors import PeerError, UserError
-from vdev.virtio.device import Device
+from vdev.iothread import IOThread
+from vdev.memory import GuestMemory
+from vdev.virtio.device import NativeDevice
+from vdev.virtio.queue import QueueConfig, ServedQueue
 from vdev.virtio.spec import RING_FEATURES
 
 # Two descriptors of a 128-entry ring are the header and the status; the rest may be data.
@@ -27,7 +33,7 @@ def _bits(*features: int) -> int:
     return sum(1 << feature for feature in features)
 
 
-class BlkDevice(Device):
+class BlkDevice(NativeDevice):
     """A virtio-blk device over an open image; closing the device closes the image.
 
     ``serial`` is what a guest reads as the disk's identity: at most 20 bytes of ASCII.  The cache
@@ -47,11 +53,13 @@ class BlkDevice(Device):
     """
 
     device_id = lib.VIRTIO_ID_BLOCK
+    supports_inflight = True
 
     def __init__(
         self,
         image: Image,
         *,
+        iothreads: Sequence[IOThread],
         name: str = "blk",
         num_queues: int = 1,
         serial: str | None = None,
@@ -64,13 +72,16 @@ class BlkDevice(Device):
             raise UserError(f"engine {engine!r} does not exist: {', '.join(ENGINES)}")
         self.name = name
         self.image = image
+        # Now: the process may change its root and folder later.
+        self._path = image.path if image.is_null else os.path.abspath(image.path)
         self.num_queues = num_queues
         self.cache = cache
         self.engine = engine
         self.features = self._offered()
         self._accepted = 0
         self._writeback = self._initial_writeback
-        super().__init__()
+        self._running = 0
+        super().__init__(iothreads)
         self.native = self._new_native(serial_bytes(serial))
         self._apply_writeback()
 
@@ -195,13 +206,58 @@ class BlkDevice(Device):
             self.cache == "unsafe" or (self._writeback and bool(self._accepted & knows)),
         )
 
+    async def start_queue(
+        self,
+        config: QueueConfig,
+        memory: GuestMemory,
+        on_broken: Callable[[str], None] | None = None,
+    ) -> ServedQueue:
+        """Has the image locked from the first queue's start to the last one's stop, if so asked."""
+        if self._running == 0:
+            try:
+                self.image.take()
+            except UserError as error:
+                raise OSError(errno.EBUSY, str(error)) from None
+        self._running += 1
+        try:
+            queue = await super().start_queue(config, memory, on_broken)
+        except BaseException:
+            self._running -= 1
+            if self._running == 0:
+                self.image.give_back()
+            raise
+        queue.on_stopped = self._queue_stopped
+        return queue
+
+    def hold(self, on: bool) -> None:
+        """The lock stays on the open image, which another process may have, too."""
+        self._running += 1 if on else -1
+
+    async def _queue_stopped(self) -> None:
+        self._running -= 1
+        if self._running == 0 and self.image.lock == "running":
+            # Whoever takes it next may read it on another host.
+            await asyncio.to_thread(self.image.flush)
+            if self._running == 0:
+                self.image.give_back()
+
+    def save(self) -> dict[str, Any]:
+        return {"writeback": self._writeback}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        writeback = state.get("writeback")
+        if not isinstance(writeback, bool) or len(state) != 1:
+            raise ValueError(f"{self.name}: not the state of a block device")
+        self._writeback = writeback
+        self._apply_writeback()
+
     def describe(self) -> dict[str, Any]:
         """The image, by its absolute path, and how it is used."""
         image = self.image
         return {
             "kind": "blk",
             "image": {
-                "path": image.path if image.is_null else os.path.abspath(image.path),
+                "path": self._path,
                 "kind": image.kind,
                 "size": image.size,
                 "read_only": image.read_only,
@@ -225,9 +281,7 @@ class BlkDevice(Device):
 
     def close(self) -> None:
         """Free the native device and close the image.  Its queues have been stopped before."""
-        if self.native:
-            lib.vhost_device_free(self.native)
-            self.native = ffi.NULL
+        super().close()
         self.image.close()
 
 

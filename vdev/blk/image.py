@@ -1,12 +1,19 @@
 """What a block device stands on: a raw file, a host block device, or ``null:SIZE``.
 
-Two writers on one image destroy it, so an image is locked while it is open, by locks of the open
-file description (they live exactly as long as the descriptors that the native engine holds too,
+Two writers on one image destroy it, so an image is locked while it is open, or, where two servers
+take turns (the two ends of a migration), while a guest's ring runs; by locks of the open file
+description (they live exactly as long as the descriptors that the native engine holds too,
 and die with the process).  The bytes are chosen so that QEMU sees our locks and we see QEMU's
 (its block/file-posix.c): a permission in use is a read lock at 100 + its bit, a permission that
 others must not have is a read lock at 200 + its bit.  A writer of ours locks the whole file for
 itself, which is in the way of each of them; a reader of ours locks "nobody may write, nobody may
 resize" and then looks whether somebody already does.
+
+A server that was killed may have requests under way in the kernel, which end when they end: behind
+the back of the next server, a write could undo a later one, and a read land in memory that the
+guest has put to another use.  Each of them holds the open file, and so its locks.  So servers that
+follow one another have a byte of their own, far behind the end of any file; each locks it for
+reading, and waits before until the last one's lock is gone, and with it all that was under way.
 """
 
 from __future__ import annotations
@@ -17,10 +24,11 @@ import mmap
 import os
 import stat
 import struct
+import time
 from dataclasses import dataclass
 
 from vdev.blk import holder
-from vdev.blk.options import CACHE_MODES
+from vdev.blk.options import CACHE_MODES, LOCKS
 from vdev.errors import UserError
 from vdev.units import format_size, parse_size
 
@@ -30,10 +38,15 @@ _BLKGETSIZE64 = 0x80081272
 _BLKSSZGET = 0x1268
 _BLKPBSZGET = 0x127B
 _BLKROGET = 0x125E
+_BLKDISCARD = 0x1277
 
 _FLOCK = struct.Struct("hhqqi4x")
 _PERM_WRITE, _PERM_RESIZE = 1, 3  # BLK_PERM_WRITE and BLK_PERM_RESIZE, as bit numbers
 _PERM_IN_USE, _PERM_REFUSED = 100, 200
+
+_NO_LOCKS = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP)
+_SUCCESSION_FIRST = 1 << 61
+_RETRY_SECONDS = 0.002
 
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
@@ -53,6 +66,7 @@ class Image:
     physical_block_size: int = SECTOR
     can_discard: bool = False
     discard_granularity: int = 0
+    lock: str = "open"
 
     @property
     def is_null(self) -> bool:
@@ -101,6 +115,21 @@ class Image:
         except OSError as error:
             raise UserError(f"resize of {self.path} to {size} bytes: {error.strerror}") from None
 
+    def take(self) -> None:
+        """A ring is about to run. Raises UserError where another process has the image."""
+        if self.lock == "running" and not self.is_null:
+            _lock(self.path, self.fd, self.read_only)
+
+    def flush(self) -> None:
+        """Make what was written durable. Raises OSError."""
+        if not self.is_null and not self.read_only:
+            os.fdatasync(self.fd)
+
+    def give_back(self) -> None:
+        """No ring runs any more."""
+        if self.lock == "running" and not self.is_null:
+            _unlock(self.fd)
+
     def close(self) -> None:
         """Give the image and its locks back."""
         if self.fd >= 0:
@@ -108,16 +137,34 @@ class Image:
             self.fd = -1
 
 
-def open_image(path: str, *, read_only: bool = False, cache: str = "writeback") -> Image:
+def open_image(
+    path: str,
+    *,
+    read_only: bool = False,
+    cache: str = "writeback",
+    lock: str = "open",
+    fd: int | None = None,
+    succession: int | None = None,
+    patience: float = 0.0,
+) -> Image:
     """Open and lock ``path``: a raw file, a block device, or ``null:SIZE``.
 
     ``cache="none"`` goes around the page cache (O_DIRECT) where the file system can; ``direct``
     of the result says whether it does.  Sizes are rounded down to whole logical blocks.
+    ``lock="running"`` leaves locking to `Image.take`.
+
+    ``fd``: it is open already, in a process that may open it, and ``path`` is what to call it.  It
+    stays the caller's; flags and locks are those of the open file that both have.
+
+    ``succession``: a number below 2^61 that servers have which follow one another on this image,
+    and no others.  ``patience``: seconds to wait for what the last one has under way.
 
     Raises UserError: no such image, not one, no permission, in use, empty.
     """
     if cache not in CACHE_MODES:
         raise UserError(f"cache mode {cache!r} does not exist: {', '.join(CACHE_MODES)}")
+    if lock not in LOCKS:
+        raise UserError(f"lock {lock!r} does not exist: {', '.join(LOCKS)}")
     if path.startswith("null:"):
         try:
             size = parse_size(path.removeprefix("null:"))
@@ -126,13 +173,24 @@ def open_image(path: str, *, read_only: bool = False, cache: str = "writeback") 
         size = _whole_blocks(path, size, SECTOR)
         return Image(path, -1, size, read_only, can_discard=not read_only)
 
-    is_block_device = _check_kind(path)
-    fd = _open(path, read_only, is_block_device)
-    image = Image(path, fd, 0, read_only, is_block_device=is_block_device)
+    deadline = time.monotonic() + patience
+    if fd is None:
+        is_block_device = _check_kind(path)
+        # Refused by the kernel while the device is mounted or part of another: such a device has
+        # a writer already. Where servers take turns, both have it open.
+        exclusive = is_block_device and not read_only and lock == "open"
+        fd = _open(path, read_only, os.O_EXCL if exclusive else 0, deadline)
+    else:
+        fd, is_block_device = _take(path, fd, read_only)
+    image = Image(path, fd, 0, read_only, is_block_device=is_block_device, lock=lock)
     try:
-        _lock(path, fd, read_only)
-        if cache == "none":
-            image.direct = _set_direct(fd)
+        if is_block_device and not read_only and _ioctl_int(fd, _BLKROGET):
+            raise UserError(f"image {path}: a read-only block device: serve it --read-only")
+        if succession is not None:
+            _succeed(path, fd, _SUCCESSION_FIRST + succession, deadline)
+        if lock == "open":
+            _lock(path, fd, read_only)
+        image.direct = _set_direct(fd, cache == "none")
         if is_block_device:
             _read_block_device(image)
         else:
@@ -167,14 +225,11 @@ def _why(error: Exception) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
-def _open(path: str, read_only: bool, is_block_device: bool) -> int:
-    flags = os.O_RDONLY if read_only else os.O_RDWR
-    if is_block_device and not read_only:
-        # Refused by the kernel while the device is mounted or part of another: such a device has
-        # a writer already.
-        flags |= os.O_EXCL
+def _open(path: str, read_only: bool, exclusive: int, deadline: float) -> int:
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | exclusive
     try:
-        fd = os.open(path, flags | os.O_CLOEXEC)
+        while (fd := _try_open(path, flags | os.O_CLOEXEC, deadline)) < 0:
+            time.sleep(_RETRY_SECONDS)
     except OSError as error:
         if error.errno == errno.EBUSY:
             who = holder.find(os.stat(path)) or "this host (mounted, or part of another device)"
@@ -187,16 +242,39 @@ def _open(path: str, read_only: bool, is_block_device: bool) -> int:
                 "change its permissions, or serve it --read-only"
             ) from None
         raise UserError(f"image {path}: {error.strerror}") from None
-    if is_block_device and not read_only and _ioctl_int(fd, _BLKROGET):
-        os.close(fd)
-        raise UserError(f"image {path}: a read-only block device: serve it --read-only")
     return fd
+
+
+def _try_open(path: str, flags: int, deadline: float) -> int:
+    """A descriptor; -1 where somebody has the device for himself, and there is time left."""
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        if error.errno != errno.EBUSY or time.monotonic() >= deadline:
+            raise
+        return -1
+
+
+def _take(path: str, fd: int, read_only: bool) -> tuple[int, bool]:
+    """A duplicate of a descriptor that is fit for an image, and whether of a block device."""
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISBLK(mode) and not stat.S_ISREG(mode):
+        raise UserError(f"image {path}: not a regular file nor a block device")
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    wanted = (os.O_RDONLY, os.O_RDWR) if read_only else (os.O_RDWR,)
+    # Appending, Linux writes at the end wherever it was told to write.
+    if flags & os.O_ACCMODE not in wanted or flags & (os.O_PATH | os.O_APPEND):
+        raise UserError(
+            f"image {path}: opened with the flags {flags:#o}: it must be open for reading"
+            + ("" if read_only else " and writing")
+        )
+    return os.dup(fd), stat.S_ISBLK(mode)
 
 
 def _lock(path: str, fd: int, read_only: bool) -> None:
     try:
         if not read_only:
-            _set_lock(fd, fcntl.F_WRLCK, 0, 0)
+            _set_lock(fd, fcntl.F_WRLCK, 0, _SUCCESSION_FIRST)
             return
         for bit in (_PERM_WRITE, _PERM_RESIZE):
             _set_lock(fd, fcntl.F_RDLCK, _PERM_REFUSED + bit, 1)
@@ -211,7 +289,30 @@ def _lock(path: str, fd: int, read_only: bool) -> None:
         ) from None
     except OSError as error:
         # Some network file systems have no locks; QEMU goes on without, as we do.
-        if error.errno not in (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP):
+        if error.errno not in _NO_LOCKS:
+            raise UserError(f"image {path}: cannot lock it: {error.strerror}") from None
+
+
+def _unlock(fd: int) -> None:
+    try:
+        _set_lock(fd, fcntl.F_UNLCK, 0, _SUCCESSION_FIRST)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def _succeed(path: str, fd: int, byte: int, deadline: float) -> None:
+    """Waits for the end of the last one. Raises UserError where it does not come in time."""
+    try:
+        while _is_locked(fd, byte):
+            if time.monotonic() >= deadline:
+                raise UserError(
+                    f"image {path}: a server that was killed has still requests under way"
+                )
+            time.sleep(_RETRY_SECONDS)
+        _set_lock(fd, fcntl.F_RDLCK, byte, 1)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
             raise UserError(f"image {path}: cannot lock it: {error.strerror}") from None
 
 
@@ -226,13 +327,13 @@ def _is_locked(fd: int, byte: int) -> bool:
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
-def _set_direct(fd: int) -> bool:
+def _set_direct(fd: int, on: bool) -> bool:
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     try:
-        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
     except OSError:
         return False
-    return True
+    return on
 
 
 def _size_of(fd: int, is_block_device: bool) -> int:
@@ -269,8 +370,17 @@ def _read_block_device(image: Image) -> None:
     folder = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
     if not os.path.isdir(f"{folder}/queue"):
         folder = os.path.realpath(folder) + "/.."  # a partition has its disk's queue
-    image.can_discard = _read_number(f"{folder}/queue/discard_max_bytes") > 0
+    image.can_discard = _takes_discards(image.fd)
     image.discard_granularity = _read_number(f"{folder}/queue/discard_granularity")
+
+
+def _takes_discards(fd: int) -> bool:
+    """Ask by discarding what is no sector: refused for another reason where it can discard."""
+    try:
+        fcntl.ioctl(fd, _BLKDISCARD, struct.pack("QQ", 1, 1))
+    except OSError as error:
+        return error.errno == errno.EINVAL
+    return True
 
 
 def _read_number(path: str) -> int:

@@ -13,13 +13,12 @@ from typing import Any
 
 from vdev.cli import EXIT_OK, run
 from vdev.cli.parser import (
-    Parser,
     Version,
     add_blk_arguments,
     add_net_arguments,
     add_server_arguments,
-    command,
 )
+from vdev.cli.parsing import Parser, command
 
 BLK_CAPABILITIES = {"type": "block", "features": ["read-only", "blk-file"]}
 NET_CAPABILITIES = {"type": "net"}

@@ -22,8 +22,6 @@ MIN_KERNEL = (5, 10)
 _IO_URING_SETUP = 425  # the same number on every architecture
 _USERFAULTFD = {"x86_64": 323, "aarch64": 282}
 _IO_URING_PARAMS_BYTES = 120
-_KVM_GET_API_VERSION = 0xAE00
-_KVM_API_VERSION = 12
 _TUNGETFEATURES = 0x800454CF
 _IFF_MULTI_QUEUE = 0x0100
 _IFF_VNET_HDR = 0x4000
@@ -136,21 +134,11 @@ def links() -> Finding:
 
 
 def kvm() -> Finding:
-    fix = "load kvm-intel or kvm-amd, join the group kvm; in a VM: nested virtualisation"
-    try:
-        with _opened("/dev/kvm") as fd:
-            version = fcntl.ioctl(fd, _KVM_GET_API_VERSION)
-    except OSError as error:
-        return Finding("KVM", False, f"/dev/kvm: {_words(error)} (guests run in TCG)", fix)
-    if version != _KVM_API_VERSION:
-        return Finding("KVM", False, f"API version {version}", f"API {_KVM_API_VERSION}")
-    if os.path.exists("/sys/module/kvm_pvm"):
-        return Finding(
-            "KVM",
-            False,
-            "kvm_pvm: it emulates guest kernel code, stock kernels do not finish booting",
-            "a host with hardware virtualisation; until then QEMU with -accel tcg",
-        )
+    from vdev.vmm.host import kvm_usable
+
+    if reason := kvm_usable():
+        fix = "a host with hardware virtualisation; until then machines run on QEMU"
+        return Finding("KVM", False, reason, fix)
     kinds = [k for k in ("kvm_intel", "kvm_amd") if os.path.exists(f"/sys/module/{k}")]
     return Finding("KVM", True, f"usable ({', '.join(kinds) or 'built in'})")
 
@@ -188,10 +176,32 @@ def userfaultfd() -> Finding:
     return Finding("userfaultfd", True, "allowed")
 
 
-def _program(name: str, package: str) -> Callable[[], Finding]:
+_SANDBOX_FIXES = {
+    "seccomp": "a kernel with CONFIG_SECCOMP_FILTER; vdev run --no-sandbox goes without",
+    "Landlock": "a kernel with CONFIG_SECURITY_LANDLOCK and landlock among lsm=",
+    "namespaces": "sysctl user.max_user_namespaces=10000, or vdev run as root",
+    "another user": "vdev run as root, which becomes a user that nobody else is",
+}
+
+
+def _sandbox_part(name: str) -> Callable[[], Finding]:
+    """A part of the sandbox of ``vdev run``."""
+
+    def check() -> Finding:
+        try:
+            from vdev.vmm.sandbox import host_support
+        except ImportError as error:
+            return Finding(f"sandbox: {name}", False, str(error), "pip install . (again)")
+        part = next(part for part in host_support() if part.name == name)
+        return Finding(f"sandbox: {name}", part.ok, part.found, _SANDBOX_FIXES[name])
+
+    return check
+
+
+def _program(name: str, source: str) -> Callable[[], Finding]:
     def check() -> Finding:
         path = shutil.which(name, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
-        return Finding(name, path is not None, path or "not found", f"apt install {package}")
+        return Finding(name, path is not None, path or "not found", source)
 
     return check
 
@@ -208,9 +218,11 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     hugepages,
     memlock,
     userfaultfd,
-    _program("qemu-system-x86_64", "qemu-system-x86"),
-    _program("fio", "fio"),
-    _program("iperf3", "iperf3"),
+    *map(_sandbox_part, _SANDBOX_FIXES),
+    _program("qemu-system-x86_64", "apt install qemu-system-x86"),
+    _program("cloud-hypervisor", "its releases on GitHub; Debian has none"),
+    _program("fio", "apt install fio"),
+    _program("iperf3", "apt install iperf3"),
 )
 
 

@@ -3,73 +3,91 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-from collections.abc import Callable
-from typing import NoReturn
+from functools import partial
+from typing import Any, NoReturn
 
-from vdev.blk.options import CACHE_MODES, ENGINES
+from vdev.blk.options import CACHE_MODES, ENGINES, LOCKS
+from vdev.cli.parsing import Fill, Parser, add_loop_argument, command, whole_number
+from vdev.cli.vm_parser import add_run_parser, add_vm_parsers
 
 EPILOG = """\
 exit codes:
   0    done; a server that was asked to end (SIGTERM, SIGINT, vdev stop) ended cleanly
-  1    doctor: something that serving needs is missing; status: no server runs;
+  1    doctor: something that serving needs is missing; status, vm list: none runs;
        a server: an unexpected failure
-  2    a mistake in the arguments or the configuration, or something the host lacks:
-       one line on stderr says what was given, what is wrong, and what would be right
+  2    a mistake in the arguments or the configuration, something the host lacks, or a
+       server that could not be replaced: one line on stderr says what was given, what is
+       wrong, and what would be right
+  10   run: the guest wanted a reset, with --no-reboot
+  11   run: the guest's kernel panicked
+  12   run: the guest crashed (a triple fault)
+  13   run: the machine monitor was killed
   130  interrupted before anything had started
 """
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        program = self.prog.split()[0]
-        self.exit(2, f"{program}: {message} (see {self.prog} --help)\n")
-
-
-def command(module: str, function: str) -> Callable[[argparse.Namespace], int]:
-    """The function of a command, imported when it is called."""
-
-    def run(arguments: argparse.Namespace) -> int:
-        code: int = getattr(importlib.import_module(module), function)(arguments)
-        return code
-
-    return run
 
 
 def vdev_parser() -> Parser:
     """The parser of ``vdev``."""
     parser = Parser(
         prog="vdev",
-        description="Serve virtio devices to virtual machines.",
+        description="Serve virtio devices to virtual machines, and run such machines.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=Version, help="print the version and exit")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    for kind, what, add in (
-        ("blk", "block device", add_blk_arguments),
-        ("net", "network device", add_net_arguments),
+    add = parser.add_subparsers(metavar="COMMAND", required=True, prog=parser.prog).add_parser
+    for name, text, fill in (
+        ("blk", "a block device over vhost-user", partial(_add_device, "blk", add_blk_arguments)),
+        ("net", "a network device over vhost-user", partial(_add_device, "net", add_net_arguments)),
+        ("serve", "serve the devices of a configuration file, again when that crashes", _add_serve),
+        ("run", "run a machine, with its console on this terminal", add_run_parser),
+        ("vm", "what a running machine shall do", _add_vm),
+        ("status", "what the running servers and machines of this user do", _add_status),
+        ("resize", "tell a server that a disk's image has another size", _add_resize),
+        ("link", "plug or pull the cable of a server's network card", _add_link),
+        ("stop", "end a server, as SIGTERM does", _add_stop),
+        ("upgrade", "replace a server that runs, while its guests go on", _add_upgrade),
+        ("doctor", "what this host can do, what it lacks, how to get it", _add_doctor),
     ):
-        group = _add(commands, kind, f"a {what} over vhost-user")
-        verbs = group.add_subparsers(metavar="COMMAND", required=True)
-        serve = _add(verbs, "serve", f"serve a {what} on a socket, in the foreground")
-        add(serve)
-        add_server_arguments(serve)
-        serve.set_defaults(run=command("vdev.cli.serve", kind))
+        add(name, **_described(text), fill=fill)
+    # Without a help text, it is not listed: what servers start their workers by.
+    add("worker", fill=_add_worker)
+    return parser
 
-    serve = _add(commands, "serve", "serve the devices of a configuration file, in one process")
-    serve.add_argument("config", metavar="CONFIG.toml", help="see README.md for an example")
-    add_loop_argument(serve)
-    serve.set_defaults(run=command("vdev.cli.serve", "config"))
 
-    status = _add(commands, "status", "what the running servers of this user do")
-    status.add_argument("server", nargs="?", metavar="PID|SOCKET", help="this one only")
-    status.add_argument("--json", action="store_true", help="all there is, as JSON")
-    status.add_argument(
+def _described(text: str) -> dict[str, Any]:
+    return {"help": text, "description": f"{text[0].upper()}{text[1:]}.", "allow_abbrev": False}
+
+
+def _add_device(kind: str, add_arguments: Fill, parser: Parser) -> None:
+    verbs = parser.add_subparsers(metavar="COMMAND", required=True, prog=parser.prog)
+    what = {"blk": "block", "net": "network"}[kind]
+    text = f"serve a {what} device on a socket, in the foreground"
+    serve = verbs.add_parser("serve", **_described(text))
+    add_arguments(serve)
+    add_server_arguments(serve)
+    serve.set_defaults(run=command("vdev.cli.serve", kind))
+
+
+def _add_serve(parser: Parser) -> None:
+    parser.add_argument("config", metavar="CONFIG.toml", help="see README.md for an example")
+    parser.add_argument(
+        "--isolate", action="store_true", help="each device in a process of its own"
+    )
+    add_loop_argument(parser)
+    parser.set_defaults(run=command("vdev.cli.serve", "config"))
+
+
+def _add_vm(parser: Parser) -> None:
+    verbs = parser.add_subparsers(metavar="VERB", required=True, prog=parser.prog)
+    add_vm_parsers(lambda name, text: verbs.add_parser(name, **_described(text)))
+
+
+def _add_status(parser: Parser) -> None:
+    parser.add_argument("server", nargs="?", metavar="PID|NAME|SOCKET", help="this one only")
+    parser.add_argument("--json", action="store_true", help="all there is, as JSON")
+    parser.add_argument(
         "--watch",
         nargs="?",
         type=positive_seconds,
@@ -77,22 +95,53 @@ def vdev_parser() -> Parser:
         metavar="SECONDS",
         help="again and again, with rates",
     )
-    status.set_defaults(run=command("vdev.cli.status", "status"))
+    parser.set_defaults(run=command("vdev.cli.status", "status"))
 
-    resize = _add(commands, "resize", "tell a server that a disk's image has another size")
-    resize.add_argument("server", metavar="PID|SOCKET")
-    resize.add_argument("device", metavar="DEVICE", help="its name in vdev status")
-    resize.add_argument("size", nargs="?", help="grow the image to this size, like 20GiB")
-    resize.set_defaults(run=command("vdev.cli.status", "resize"))
 
-    stop = _add(commands, "stop", "end a server, as SIGTERM does")
-    stop.add_argument("server", metavar="PID|SOCKET")
-    stop.set_defaults(run=command("vdev.cli.status", "stop"))
+def _add_resize(parser: Parser) -> None:
+    parser.add_argument("server", metavar="PID|SOCKET")
+    parser.add_argument("device", metavar="DEVICE", help="its name in vdev status")
+    parser.add_argument("size", nargs="?", help="grow the image to this size, like 20GiB")
+    parser.set_defaults(run=command("vdev.cli.status", "resize"))
 
-    doctor = _add(commands, "doctor", "what this host can do, what it lacks, how to get it")
-    doctor.add_argument("--json", action="store_true", help="as JSON")
-    doctor.set_defaults(run=command("vdev.cli.doctor", "doctor"))
-    return parser
+
+def _add_link(parser: Parser) -> None:
+    parser.add_argument("server", metavar="PID|SOCKET")
+    parser.add_argument("device", metavar="DEVICE", help="its name in vdev status")
+    parser.add_argument("state", choices=("up", "down"))
+    parser.set_defaults(run=command("vdev.cli.status", "link"))
+
+
+def _add_stop(parser: Parser) -> None:
+    parser.add_argument("server", metavar="PID|NAME|SOCKET")
+    parser.set_defaults(run=command("vdev.cli.status", "stop"))
+
+
+def _add_upgrade(parser: Parser) -> None:
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("server", nargs="?", metavar="PID|SOCKET")
+    which.add_argument("--all", action="store_true", help="every server of this user")
+    parser.add_argument(
+        "--program", metavar="PATH", help="the vdev to go on with (default: that which runs)"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=positive_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="for the new process to get ready; the guests do not wait meanwhile (default: 30)",
+    )
+    parser.set_defaults(run=command("vdev.cli.upgrade", "upgrade"))
+
+
+def _add_worker(parser: Parser) -> None:
+    parser.add_argument("fd", type=int)
+    parser.set_defaults(run=command("vdev.cli.serve", "worker"))
+
+
+def _add_doctor(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.set_defaults(run=command("vdev.cli.doctor", "doctor"))
 
 
 def add_socket_arguments(parser: argparse.ArgumentParser) -> None:
@@ -130,16 +179,6 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     add_loop_argument(parser)
 
 
-def add_loop_argument(parser: argparse.ArgumentParser) -> None:
-    """Which event loop."""
-    parser.add_argument(
-        "--loop",
-        choices=("uvloop", "asyncio"),
-        default="uvloop",
-        help="event loop; asyncio is for debugging vdev itself",
-    )
-
-
 def add_blk_arguments(parser: argparse.ArgumentParser) -> None:
     """What a block device is made of."""
     parser.add_argument(
@@ -163,6 +202,12 @@ def add_blk_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: io_uring where the kernel allows it, else threads",
     )
+    parser.add_argument(
+        "--lock",
+        choices=LOCKS,
+        default="open",
+        help="running: only while a guest uses it, for both ends of a migration (default: open)",
+    )
 
 
 def add_net_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,13 +222,6 @@ def add_net_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--mac", help="of the guest's card (default: the guest's or the VMM's)")
     parser.add_argument("--mtu", type=whole_number, help="68 to 65535")
     parser.add_argument("--address", metavar="CIDR", help="host's address on the bridge or tap")
-
-
-def whole_number(text: str) -> int:
-    """A decimal number from 0 up."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
 
 
 def positive_seconds(text: str) -> float:
@@ -208,9 +246,3 @@ class Version(argparse.Action):
 
         print(f"vdev {vdev.__version__}")
         parser.exit()
-
-
-def _add(commands: argparse._SubParsersAction[Parser], name: str, text: str) -> Parser:
-    return commands.add_parser(
-        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
-    )

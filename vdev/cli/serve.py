@@ -3,42 +3,44 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import resource
+import sys
 from argparse import Namespace
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from vdev.cli import EXIT_OK
+from vdev.cli import EXIT_FAILED, EXIT_OK, EXIT_USER_ERROR
 from vdev.errors import UserError
-from vdev.server.device_server import DeviceServer
+from vdev.server.devices import DeviceSpec, serve_devices
 from vdev.server.listener import Endpoint
+from vdev.server.orders import Orders
 from vdev.server.service import Service
+
+COMMAND = (sys.executable, "-P", "-m", "vdev", "worker")
+"""Starts a worker; whatever is called vdev in the current folder is not what serves."""
 
 
 def blk(arguments: Namespace) -> int:
     """``vdev blk serve``."""
-    from vdev.server.blk import serve
-
     return _serve_one(
         arguments,
-        serve,
+        "blk",
         image=arguments.blk_file,
         read_only=arguments.read_only,
         num_queues=arguments.num_queues,
         serial=arguments.serial,
         cache=arguments.cache,
         engine=arguments.engine,
+        lock=arguments.lock,
     )
 
 
 def net(arguments: Namespace) -> int:
     """``vdev net serve``."""
-    from vdev.server.net import serve
-
     return _serve_one(
         arguments,
-        serve,
+        "net",
         tap=arguments.tap,
         bridge=arguments.bridge,
         queues=arguments.queues,
@@ -51,47 +53,68 @@ def net(arguments: Namespace) -> int:
 def config(arguments: Namespace) -> int:
     """``vdev serve CONFIG.toml``."""
     from vdev.config import load_config
-    from vdev.server.config_server import serve_config
+    from vdev.server.devices import device_specs
+    from vdev.server.supervisor import Supervisor, WorkerFailed
 
     wanted = load_config(arguments.config)
-    return _run(arguments, lambda: Service(control=wanted.server.control).run(serve_config(wanted)))
 
-
-def _serve_one(
-    arguments: Namespace,
-    serve: Callable[..., contextlib.AbstractAsyncContextManager[DeviceServer]],
-    **device: Any,
-) -> int:
     async def work() -> None:
-        server = serve(
-            _endpoint(arguments),
-            **device,
-            poll_us=arguments.poll_us,
-            iothreads=arguments.iothreads,
+        supervisor = Supervisor(
+            device_specs(wanted),
+            COMMAND,
+            isolate=arguments.isolate,
+            control=wanted.server.control,
+            iothreads=wanted.server.iothreads,
+            poll_us=wanted.server.poll_us,
+            loop=arguments.loop,
         )
-        await Service(control=arguments.control or True).run(_one(server))
+        await supervisor.run()
 
-    return _run(arguments, work)
+    try:
+        return run_on_loop("asyncio", work)
+    except WorkerFailed as error:
+        # It has said why.
+        return EXIT_USER_ERROR if error.code == EXIT_USER_ERROR else EXIT_FAILED
 
 
-def _run(arguments: Namespace, work: Callable[[], Coroutine[Any, Any, None]]) -> int:
+def worker(arguments: Namespace) -> int:
+    """``vdev worker FD``, which is not for users."""
+    from vdev.server.worker import work
+
+    orders = Orders.read(arguments.fd)
+    return run_on_loop(orders.loop, lambda: work(orders, COMMAND))
+
+
+def _serve_one(arguments: Namespace, kind: str, **device: Any) -> int:
+    where = f"fd {arguments.fd}" if arguments.fd is not None else arguments.socket_path
+    spec = DeviceSpec(kind, f"{kind}0", where, device)
+    orders = Orders([spec], arguments.iothreads, arguments.poll_us, arguments.loop)
+
+    async def work() -> None:
+        devices = serve_devices(
+            [(spec, _endpoint(arguments))], iothreads=orders.iothreads, poll_us=orders.poll_us
+        )
+        await Service(control=arguments.control or True, orders=orders, command=COMMAND).run(
+            devices
+        )
+
+    return run_on_loop(arguments.loop, work)
+
+
+def run_on_loop(loop: str, work: Callable[[], Coroutine[Any, Any, None]]) -> int:
+    """Runs ``work`` on an event loop of that kind, to its end."""
     logging.basicConfig(format="vdev: %(message)s", level=logging.INFO)
+    # Eventfds and memory of many queues are more than the usual soft limit, which is for select().
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     factory: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
-    if arguments.loop == "uvloop":
+    if loop == "uvloop":
         import uvloop
 
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(work())
     return EXIT_OK
-
-
-@contextlib.asynccontextmanager
-async def _one(
-    server: contextlib.AbstractAsyncContextManager[DeviceServer],
-) -> AsyncIterator[Sequence[DeviceServer]]:
-    async with server as device:
-        yield [device]
 
 
 def _endpoint(arguments: Namespace) -> Endpoint:

@@ -1,4 +1,4 @@
-"""``vdev status``, ``vdev resize`` and ``vdev stop``: talking to servers that run."""
+"""``vdev status``, ``resize``, ``link`` and ``stop``: talking to servers that run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -16,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from vdev.cli import EXIT_FAILED, EXIT_OK
+from vdev.cli.asking import ask, path_of
 from vdev.cli.console import console_for
-from vdev.errors import UserError
-from vdev.server.control import control_dir, find_servers, request
+from vdev.runtime import runtime_dir
+from vdev.server.control import find_servers, request
 from vdev.units import format_size
 
 Status = dict[str, Any]
@@ -37,16 +37,21 @@ def status(arguments: Namespace) -> int:
 
 def resize(arguments: Namespace) -> int:
     """``vdev resize``."""
-    result = _ask(
-        _path_of(arguments.server), "resize", device=arguments.device, size=arguments.size
-    )
+    result = ask(path_of(arguments.server), "resize", device=arguments.device, size=arguments.size)
     print(f"{arguments.device}: {result['size']} bytes")
+    return EXIT_OK
+
+
+def link(arguments: Namespace) -> int:
+    """``vdev link``."""
+    up = arguments.state == "up"
+    ask(path_of(arguments.server), "link", device=arguments.device, up=up)
     return EXIT_OK
 
 
 def stop(arguments: Namespace) -> int:
     """``vdev stop``."""
-    _ask(_path_of(arguments.server), "stop")
+    ask(path_of(arguments.server), "stop")
     return EXIT_OK
 
 
@@ -59,7 +64,7 @@ def _once(arguments: Namespace) -> int:
         for server in servers:
             console.print(_table(server, None, 0.0))
     else:
-        print(f"no server of this user runs (none has a socket in {control_dir()})")
+        print(f"no server of this user runs (none has a socket in {runtime_dir()})")
     return EXIT_OK if servers else EXIT_FAILED
 
 
@@ -86,26 +91,13 @@ def _samples(arguments: Namespace) -> Iterator[tuple[list[Status], list[Status],
 
 def _collect(server: str | None) -> list[Status]:
     if server is not None:
-        return [_ask(_path_of(server), "status")]
+        return [ask(path_of(server), "status")]
     found: list[Status] = []
     for path in find_servers():
         # One that ends this moment is none.
         with contextlib.suppress(OSError):
             found.append(request(path, "status"))
     return found
-
-
-def _path_of(server: str) -> Path:
-    return control_dir() / f"{server}.sock" if server.isdecimal() else Path(server)
-
-
-def _ask(path: Path, command: str, **arguments: Any) -> Any:
-    try:
-        return request(path, command, **arguments)
-    except OSError as error:
-        raise UserError(
-            f"{path}: no server answers there ({error.strerror or error}): see vdev status"
-        ) from None
 
 
 def _tables(servers: list[Status], before: list[Status], seconds: float) -> RenderableType:
@@ -120,7 +112,7 @@ def _table(server: Status, before: Status | None, seconds: float) -> Table:
     uptime = time.strftime("%H:%M:%S", time.gmtime(server["uptime_s"]))
     rates = before is not None and seconds > 0
     table = Table(
-        title=f"vdev {server['version']}, pid {server['pid']}, up {uptime}",
+        title=f"{_title(server)}, pid {server['pid']}, up {uptime}",
         title_justify="left",
     )
     per = "/s" if rates else ""
@@ -136,13 +128,18 @@ def _table(server: Status, before: Status | None, seconds: float) -> Table:
     )
     for number in numbers:
         table.add_column(number, justify="right")
-    totals_before = {d["name"]: d["stats"]["total"] for d in before["devices"]} if before else {}
+    totals_before = (
+        {d["name"]: d["stats"]["total"] for d in before["devices"] if d["stats"]} if before else {}
+    )
     for device in server["devices"]:
+        if device["stats"] is None:
+            table.add_row(device["name"], Text(device["socket"]), device["kind"], device["state"])
+            continue
         total = device["stats"]["total"]
         old = totals_before.get(device["name"]) if rates else None
         requests, to_guest, from_guest = (
             (total[name] - (old[name] if old else 0)) / (seconds if old else 1)
-            for name in (_WORK[device["kind"]], "bytes_read", "bytes_written")
+            for name in (_WORK.get(device["kind"], "completions"), "bytes_read", "bytes_written")
         )
         table.add_row(
             device["name"],
@@ -159,11 +156,17 @@ def _table(server: Status, before: Status | None, seconds: float) -> Table:
     return table
 
 
+def _title(server: Status) -> str:
+    if machine := server.get("machine"):
+        return f"machine {machine['name']} ({machine['state']}, {machine['vmm']})"
+    return f"vdev {server['version']}"
+
+
 def _serves(device: Status) -> str:
     if image := device.get("image"):
         mode = "read-only" if image["read_only"] else image["cache"]
         return f"{image['path']} ({format_size(image['size'])}, {mode})"
-    return f"tap {device.get('tap', '?')}"
+    return f"tap {device['tap']}" if "tap" in device else device["kind"]
 
 
 def _microseconds(latency: Status, quantile: str) -> str:

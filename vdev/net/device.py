@@ -8,14 +8,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vdev._native import ffi, lib
 from vdev.errors import PeerError, UserError
+from vdev.iothread import IOThread
 from vdev.net import tap as taps
 from vdev.net.tap import Tap
-from vdev.virtio.device import Device
+from vdev.virtio.device import NativeDevice
 from vdev.virtio.spec import RING_FEATURES
 
 _FEATURES = (
@@ -41,11 +43,12 @@ _ETHERTYPE_RARP = 0x8035
 _FRAME_MIN = 60
 
 
-class NetDevice(Device):
+class NetDevice(NativeDevice):
     """A virtio-net device on an open tap, one queue pair to each queue of the tap.
 
     `mac`: "52:54:00:12:34:56"; without one, an address that is the same for the same tap name on
-    the same host.  `mtu` in bytes is told to the guest.  The tap stays the caller's to close.
+    the same host.  `mtu` in bytes is told to the guest; None = Ethernet's usual one, which is not.
+    The tap stays the caller's to close.
     Raises UserError for a MAC address that no station can have.
     """
 
@@ -54,13 +57,20 @@ class NetDevice(Device):
     supports_rarp = True
 
     def __init__(
-        self, tap: Tap, *, name: str = "net", mac: str | None = None, mtu: int | None = None
+        self,
+        tap: Tap,
+        *,
+        iothreads: Sequence[IOThread],
+        name: str = "net",
+        mac: str | None = None,
+        mtu: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(iothreads)
         self.name = name
         self.tap = tap
         self.mac = parse_mac(mac) if mac is not None else stable_mac(tap.name)
         self.mtu = mtu
+        self._mtu_told = mtu  # which a front-end may have set
         self.link_up = True
         self.num_queues = 2 * len(tap.fds)
         self.queue_groups = len(tap.fds)
@@ -90,7 +100,7 @@ class NetDevice(Device):
         space.mac = self.mac
         space.status = lib.VIRTIO_NET_S_LINK_UP if self.link_up else 0
         space.max_virtqueue_pairs = len(self.tap.fds)
-        space.mtu = self.mtu or 0
+        space.mtu = self._mtu_told or 0
         return bytes(ffi.buffer(space))
 
     def negotiate(self, features: int) -> None:
@@ -105,6 +115,23 @@ class NetDevice(Device):
         offloads = sum(value for bit, value in _OFFLOADS.items() if features >> bit & 1)
         # Segments need checksums (section 5.1.3.1); the kernel refuses the one without the other.
         self.tap.set_offloads(offloads if offloads & taps.OFFLOAD_CSUM else 0)
+
+    def save(self) -> dict[str, Any]:
+        told = self._mtu_told if self._mtu_told != self.mtu else None
+        return {"link_up": self.link_up, "mtu": told}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        # Snapshots did not always have them.
+        link_up, mtu = state.get("link_up", True), state.get("mtu")
+        if (
+            not isinstance(link_up, bool)
+            or not (mtu is None or type(mtu) is int)
+            or not state.keys() <= {"link_up", "mtu"}
+        ):
+            raise ValueError(f"{self.name}: not the state of a network card")
+        if mtu is not None:
+            self.set_mtu(mtu)
+        self.set_link(link_up)
 
     def describe(self) -> dict[str, Any]:
         """The tap, and whether the link is up."""
@@ -128,12 +155,24 @@ class NetDevice(Device):
             self.tap.attach_queue(pair, enabled)
 
     def set_mtu(self, mtu: int) -> None:
-        """Sets the tap's MTU in bytes. Raises PeerError out of virtio's range."""
+        """Sets the tap's MTU in bytes, and what the driver finds, until the front-end leaves.
+
+        Raises PeerError out of virtio's range, OSError where the tap is gone.
+        """
         if not lib.VIRTIO_NET_MTU_MIN <= mtu <= lib.VIRTIO_NET_MTU_MAX:
             raise PeerError(
                 f"{self.name}: MTU {mtu}: {lib.VIRTIO_NET_MTU_MIN} to {lib.VIRTIO_NET_MTU_MAX}"
             )
         self.tap.set_mtu(mtu)
+        self._mtu_told = mtu
+
+    def release(self) -> None:
+        """A front-end's MTU goes with it."""
+        super().release()
+        if self._mtu_told != self.mtu:
+            with contextlib.suppress(OSError):  # as in `reset`
+                self.tap.set_mtu(self.mtu or taps.MTU_USUAL)
+            self._mtu_told = self.mtu
 
     def announce(self, mac: bytes) -> None:
         """Sends a RARP request in the guest's name, from which switches learn where it is."""
@@ -142,16 +181,14 @@ class NetDevice(Device):
         self.tap.send((ethernet + request).ljust(_FRAME_MIN, b"\0"))
 
     def set_link(self, up: bool) -> None:
-        """Plugs or pulls the guest's cable: the driver is told by a config notification."""
+        """Plugs or pulls the cable, at the tap too: the driver is told by a config notification.
+
+        Raises OSError where the tap is gone.
+        """
         if self.link_up != up:
+            self.tap.set_carrier(up)
             self.link_up = up
             self.notify_config()
-
-    def close(self) -> None:
-        """Frees the native half, whose queues have been stopped before."""
-        if self.native:
-            lib.vhost_device_free(self.native)
-            self.native = ffi.NULL
 
 
 def parse_mac(text: str) -> bytes:

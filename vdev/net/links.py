@@ -12,6 +12,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv6Interface
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -115,12 +116,14 @@ class Links:
 
 async def on_links(operation: Callable[[Links], Awaitable[T]]) -> T:
     """Runs `operation(links)` to its end, even if whoever waits for it is cancelled."""
-    work = asyncio.ensure_future(asyncio.to_thread(_run, operation))
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.wait([work])
-        raise
+    # A thread that ends with it: who confines this process may have no others.
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="vdev-links") as thread:
+        work = asyncio.get_running_loop().run_in_executor(thread, _run, operation)
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.wait([work])
+            raise
 
 
 def _run(operation: Callable[[Links], Awaitable[T]]) -> T:

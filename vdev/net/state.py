@@ -14,27 +14,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vdev.errors import UserError
+from vdev.runtime import runtime_dir
 
 Record = dict[str, Any]
-_numbers = itertools.count()
-
-
-def default_dir() -> Path:
-    """Where the journals of this user's servers are."""
-    uid = os.geteuid()
-    if uid == 0:
-        return Path("/run/vdev")
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(runtime) / "vdev" if runtime else Path(f"/tmp/vdev-{uid}")
 
 
 class Journal:
@@ -44,16 +35,30 @@ class Journal:
     """
 
     def __init__(self, directory: Path | None = None) -> None:
-        self._directory = directory or default_dir()
-        self._path = self._directory / f"net-{os.getpid()}-{next(_numbers)}.json"
+        self._directory = directory or runtime_dir()
+        self._path = Path()
         self._fd = -1
         self.records: list[Record] = []
+
+    @classmethod
+    def inherited(cls, fd: int) -> Journal:
+        """That of the file `fd`, which another process has locked, and leaves to us.
+
+        Raises ValueError where it is none.
+        """
+        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        journal = cls(path.parent)
+        journal._path, journal._fd = path, fd
+        journal.records = _content(fd)["records"]
+        return journal
 
     def add(self, record: Record) -> None:
         """Records what to undo. Raises UserError where the directory cannot be had."""
         if self._fd < 0:
             _make_directory(self._directory)
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+            # A name of its own: the file may outlive this process, and its number come again.
+            self._fd, path = tempfile.mkstemp(".json", "net-", self._directory)
+            self._path = Path(path)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.records.append(record)
         self._write()
@@ -62,6 +67,10 @@ class Journal:
         """Forgets a record: it was undone."""
         self.records.remove(record)
         self._write()
+
+    def fileno(self) -> int | None:
+        """Of the locked file, if anything is recorded; a duplicate keeps the lock, too."""
+        return self._fd if self.records else None
 
     def close(self) -> None:
         """Lets go; what is still recorded is for the next server to undo."""
@@ -82,7 +91,7 @@ class Journal:
     @classmethod
     def leftovers(cls, directory: Path | None = None) -> Iterator[Journal]:
         """The journals of dead processes, each ours until the loop goes on."""
-        for path in sorted((directory or default_dir()).glob("net-*.json")):
+        for path in sorted((directory or runtime_dir()).glob("net-*.json")):
             journal = cls._take(path)
             if journal is None:
                 continue
@@ -100,7 +109,7 @@ class Journal:
             return None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            content, _ = json.JSONDecoder().raw_decode(os.pread(fd, 1 << 20, 0).decode())
+            content = _content(fd)
         except BlockingIOError:
             os.close(fd)
             return None
@@ -114,6 +123,13 @@ class Journal:
         if content.get("boot") == _boot_id():
             journal.records = content["records"]
         return journal
+
+
+def _content(fd: int) -> dict[str, Any]:
+    """Raises ValueError where there is none yet."""
+    content: dict[str, Any]
+    content, _ = json.JSONDecoder().raw_decode(os.pread(fd, 1 << 20, 0).decode())
+    return content
 
 
 def _make_directory(directory: Path) -> None:
@@ -135,7 +151,7 @@ def exclusively(directory: Path | None = None) -> Iterator[None]:
 
     Where the directory cannot be had nothing is locked: then nothing can be recorded either.
     """
-    directory = directory or default_dir()
+    directory = directory or runtime_dir()
     try:
         _make_directory(directory)
         fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

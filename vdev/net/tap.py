@@ -16,24 +16,28 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
+from vdev.descriptors import Descriptors
 from vdev.errors import UserError
 
 DEVICE = "/dev/net/tun"
 NAME_MAX = 15  # IFNAMSIZ with its NUL
 QUEUES_MAX = 128  # rings of one vhost-user device have indexes of 8 bits
+MTU_USUAL = 1500  # Ethernet's
 MTU_MAX = 65535 - 14  # what the kernel gives a tap: a frame has 16 bits of length
 
 # linux/if_tun.h
 _TUNSETIFF = 0x400454CA
+_TUNGETIFF = 0x800454D2
 _TUNSETQUEUE = 0x400454D9
 _TUNSETOFFLOAD = 0x400454D0
 _TUNGETVNETHDRSZ = 0x800454D7
 _TUNSETVNETHDRSZ = 0x400454D8
 _TUNGETVNETLE = 0x800454DD
 _TUNSETVNETLE = 0x400454DC
+_TUNSETCARRIER = 0x400454E2
 _IFF_TAP = 0x0002
 _IFF_NO_PI = 0x1000
 _IFF_VNET_HDR = 0x4000
@@ -54,8 +58,7 @@ OFFLOAD_TSO6 = 0x04
 OFFLOAD_TSO_ECN = 0x08
 
 
-@dataclass(frozen=True, slots=True)
-class TapState:
+class TapState(NamedTuple):
     """What an existing tap is put back to when nobody holds it: its flags and header format."""
 
     name: str
@@ -108,6 +111,53 @@ class Tap:
         return cls._open(name, queues, multi_queue=multi_queue, created=False)
 
     @classmethod
+    def adopt(cls, fds: Sequence[int]) -> Tap:
+        """A tap whose queues another process opened, by `create` or `attach`: all but the first are
+        detached.  The descriptors stay the caller's.
+
+        Raises UserError where they are not the queues of one tap that has a virtio-net header.
+        """
+        tap = cls("", [os.dup(fd) for fd in fds], created=False)
+        tap._attached[1:] = [False] * (len(fds) - 1)
+        try:
+            tap.name = _opened_name(tap.fds[0])
+            for queue in range(1, len(fds)):
+                tap.attach_queue(queue, True)
+                name = _opened_name(tap.fds[queue])
+                tap.attach_queue(queue, False)
+                if name != tap.name:
+                    raise UserError(f"tap {tap.name}: queue {queue} is one of {name}")
+        except OSError as error:
+            tap.close()
+            raise UserError(f"tap {tap.name}: no open queue of a tap ({error.strerror})") from None
+        except BaseException:
+            tap.close()
+            raise
+        return tap
+
+    def save(self, fds: Descriptors) -> dict[str, Any]:
+        """The tap, for `restore` in another process."""
+        return {
+            "name": self.name,
+            "created": self.created,
+            "queues": [fds.put(fd) for fd in self.fds],
+            "attached": self._attached,
+        }
+
+    @classmethod
+    def restore(cls, state: dict[str, Any], fds: Descriptors) -> Tap:
+        """What `save` gave; frames go on coming meanwhile, so that no queue is asked whose it is.
+
+        Raises ValueError, KeyError or TypeError where it did not.
+        """
+        queues = [fds.take(place) for place in state["queues"]]
+        tap = cls(str(state["name"]), queues, created=bool(state["created"]))
+        tap._attached = [
+            bool(attached) for attached, _ in zip(state["attached"], queues, strict=True)
+        ]
+        return tap
+
+    @classmethod
     def _open(cls, name: str, queues: int, *, multi_queue: bool, created: bool) -> Tap:
         flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if multi_queue else 0)
         fds: list[int] = []
@@ -158,6 +208,10 @@ class Tap:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as any_socket:
             fcntl.ioctl(any_socket, _SIOCSIFMTU, request)
 
+    def set_carrier(self, on: bool) -> None:
+        """Plugs or pulls the interface's cable, as the host sees it."""
+        fcntl.ioctl(self.fds[0], _TUNSETCARRIER, _INT.pack(on))
+
     def send(self, frame: bytes) -> None:
         """Sends one Ethernet frame into the network, as the guest would."""
         os.write(self.fds[0], bytes(self.header_len) + frame)
@@ -198,6 +252,15 @@ def _set_interface(fd: int, name: str, flags: int) -> str:
         answer = fcntl.ioctl(fd, _TUNSETIFF, _IFREQ_FLAGS.pack(os.fsencode(name), flags))
     chosen: bytes = _IFREQ_FLAGS.unpack(answer)[0]
     return os.fsdecode(chosen.rstrip(b"\0"))
+
+
+def _opened_name(fd: int) -> str:
+    raw, flags = _IFREQ_FLAGS.unpack(fcntl.ioctl(fd, _TUNGETIFF, bytes(_IFREQ_FLAGS.size)))
+    name = os.fsdecode(raw.rstrip(b"\0"))
+    wanted = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
+    if flags & wanted != wanted:
+        raise UserError(f"tap {name}: opened with the flags {flags:#x}: {wanted:#x} are needed")
+    return name
 
 
 def _get_int(fd: int, request: int) -> int:

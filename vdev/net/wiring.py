@@ -7,13 +7,13 @@ steps, so there is one way to undo a thing, not two.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import ipaddress
 import logging
 from pathlib import Path
 from typing import Any
 
+from vdev.descriptors import Descriptors
 from vdev.errors import UserError
 from vdev.net import bridge as bridges
 from vdev.net import tap as taps
@@ -66,6 +66,34 @@ class Wiring:
         """The MTU in bytes if it is another than Ethernet's usual one, or was asked for."""
         return self._mtu
 
+    def opened(self) -> dict[str, int]:
+        """The descriptors by which another process has all this, which goes on when we `let_go`:
+        `queue0`, … of the tap, and `journal`, whose lock keeps what was made from being undone, if
+        anything was."""
+        fds = {f"queue{number}": fd for number, fd in enumerate(self.tap.fds)}
+        if (journal := self._journal.fileno()) is not None:
+            fds["journal"] = journal
+        return fds
+
+    def save(self, fds: Descriptors) -> dict[str, Any]:
+        """All this, for `inherit` in another process; nothing is undone here then."""
+        journal = self._journal.fileno()
+        return {
+            "tap": self.tap.save(fds),
+            "mtu": self._mtu,
+            "journal": fds.put(journal if journal is not None else -1),
+        }
+
+    def inherit(self, state: dict[str, Any], fds: Descriptors) -> None:
+        """What `save` gave, in place of `up`.
+
+        Raises ValueError, KeyError or TypeError where it did not.
+        """
+        self._tap = Tap.restore(state["tap"], fds)
+        self._mtu = None if state["mtu"] is None else int(state["mtu"])
+        if state["journal"] is not None:
+            self._journal = Journal.inherited(fds.take(state["journal"]))
+
     async def up(self) -> None:
         """Makes what is missing. Raises UserError; `down` is due in any case."""
         await on_links(self._up)
@@ -76,6 +104,14 @@ class Wiring:
             self._tap.close()
             self._tap = None
         await on_links(self._down)
+
+    def let_go(self) -> None:
+        """Closes the tap and leaves what was made to the next `sweep`: for a process that has no
+        rights any more, or that has passed on what is `opened`."""
+        if self._tap is not None:
+            self._tap.close()
+            self._tap = None
+        self._journal.close()
 
     async def _up(self, links: Links) -> None:
         with exclusively(self._state_dir):
@@ -91,7 +127,7 @@ class Wiring:
         if self._mtu is None:
             # A port of a smaller MTU would pull the whole bridge down to it.
             wanted = bridge.mtu if bridge is not None and self._tap.created else link.mtu
-            self._mtu = wanted if wanted != 1500 else None
+            self._mtu = wanted if wanted != taps.MTU_USUAL else None
         try:
             if self._mtu is not None and link.mtu != self._mtu:
                 await links.change(link.index, mtu=self._mtu)
@@ -129,7 +165,7 @@ class Wiring:
         )
         record: Record = {"undo": "restore tap", "name": link.name, "index": link.index}
         link_state = {"mtu": link.mtu, "up": link.up}
-        self._journal.add(record | {"state": dataclasses.asdict(state)} | link_state)
+        self._journal.add(record | {"state": state._asdict()} | link_state)
         return link
 
     async def _down(self, links: Links) -> None:
@@ -138,6 +174,20 @@ class Wiring:
             self._journal.close()
             # A bridge that outlived its maker, since we used it, goes with us.
             await _sweep(links, self._state_dir)
+
+
+async def sweep(state_dir: Path | None = None) -> None:
+    """Undoes what dead or confined processes left behind, if there is anything."""
+
+    async def undo(links: Links) -> None:
+        with exclusively(state_dir):
+            await _sweep(links, state_dir)
+
+    with exclusively(state_dir):
+        is_clean = not any(journal.records for journal in Journal.leftovers(state_dir))
+    if is_clean:
+        return
+    await on_links(undo)
 
 
 async def _sweep(links: Links, state_dir: Path | None) -> None:

@@ -14,22 +14,19 @@ or else the newest.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
-import fcntl
 import os
 import select
 import socket
-import stat
 from abc import ABC, abstractmethod
 from collections import deque
+from typing import Any
 
+from vdev.descriptors import Descriptors
 from vdev.errors import UserError
 from vdev.ratelog import RateLimitedLog
+from vdev.server.socket_path import SocketPath, check_path
 
 MAX_WAITING = 64
-BACKLOG = 128
-MAX_PATH = 107  # bytes of sockaddr_un.sun_path, less the NUL
 RETRY_FIRST = 0.1  # seconds
 RETRY_MOST = 2.0
 
@@ -50,9 +47,9 @@ class Endpoint(ABC):
         return _PathListener(os.fspath(path))
 
     @staticmethod
-    def listen_fd(fd: int) -> Endpoint:
-        """Takes over a listening Unix socket."""
-        return _Listener(f"fd {fd}", _adopt(fd))
+    def listen_fd(fd: int, name: str | None = None) -> Endpoint:
+        """Takes over a listening Unix socket; name: what it is called, its path for one."""
+        return _Listener(name or f"fd {fd}", _adopt(fd))
 
     @staticmethod
     def connected_fd(fd: int) -> Endpoint:
@@ -75,6 +72,26 @@ class Endpoint(ABC):
         """
         return _Connector(os.fspath(path), retry)
 
+    @staticmethod
+    def restore(state: dict[str, Any], fds: Descriptors) -> Endpoint:
+        """What `save` gave, in another process; front-ends come after `open`.
+
+        Raises ValueError, KeyError or TypeError where it did not.
+        """
+        kinds: tuple[type[_Listener | _PathListener | _Connected | _Connector], ...]
+        kinds = (_Listener, _PathListener, _Connected, _Connector)
+        return {kind.__name__: kind for kind in kinds}[state["kind"]].restored(state, fds)
+
+    @abstractmethod
+    def save(self, fds: Descriptors) -> dict[str, Any]:
+        """What another process goes on with, while this one is paused."""
+
+    def pause(self) -> None:  # noqa: B027  (where none come by themselves)
+        """Gives no front-end until `resume`; those that come wait."""
+
+    def resume(self) -> None:  # noqa: B027
+        """Ends a pause."""
+
     @abstractmethod
     def open(self, log: RateLimitedLog) -> None:
         """Gets ready, in a running event loop. Raises UserError."""
@@ -96,18 +113,60 @@ class _Listener(Endpoint):
         self._speaking: deque[socket.socket] = deque()
         self._spoke = asyncio.Event()
         self._resume: asyncio.TimerHandle | None = None
+        self._paused = False
         self._log: RateLimitedLog | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+
+    @classmethod
+    def restored(cls, state: dict[str, Any], fds: Descriptors) -> Endpoint:
+        listener = _Listener(state["name"], _adopt(fds.take(state["socket"])))
+        listener._restore_waiting(state, fds)
+        return listener
+
+    def _restore_waiting(self, state: dict[str, Any], fds: Descriptors) -> None:
+        """Whoever spoke still does: it has something to read."""
+        for place in state["waiting"]:
+            peer = socket.socket(fileno=fds.take(place))
+            self._silent[peer.fileno()] = peer
+
+    def save(self, fds: Descriptors) -> dict[str, Any]:
+        assert self._sock is not None
+        return {
+            "kind": type(self).__name__,
+            "name": self.name,
+            "socket": fds.put(self._sock.fileno()),
+            "waiting": [fds.put(s.fileno()) for s in (*self._speaking, *self._silent.values())],
+        }
+
+    def pause(self) -> None:
+        assert self._loop is not None
+        assert self._sock is not None
+        self._paused = True
+        if self._resume is not None:
+            self._resume.cancel()
+        for sock in (self._sock, *self._silent.values()):
+            self._loop.remove_reader(sock.fileno())
+
+    def resume(self) -> None:
+        self._paused = False
+        self._watch()
+        self._spoke.set()
 
     def open(self, log: RateLimitedLog) -> None:
         assert self._sock is not None
         self._log = log
         self._loop = asyncio.get_running_loop()
         self._sock.setblocking(False)
-        self._loop.add_reader(self._sock.fileno(), self._accept)
+        self._watch()
+
+    def _watch(self) -> None:
+        assert self._loop is not None
+        self._accept_again()
+        for fd in self._silent:
+            self._loop.add_reader(fd, self._readable, fd)
 
     async def next(self) -> socket.socket | None:
-        while not self._speaking:
+        while self._paused or not self._speaking:
             self._spoke.clear()
             await self._spoke.wait()
         return self._speaking.popleft()
@@ -195,81 +254,36 @@ class _PathListener(_Listener):
     def __init__(self, path: str) -> None:
         super().__init__(path, None)
         self._path = path
-        self._identity: tuple[int, int] | None = None
+        self._place: SocketPath | None = None
+
+    @classmethod
+    def restored(cls, state: dict[str, Any], fds: Descriptors) -> Endpoint:
+        listener = cls(state["name"])
+        device, inode = state["identity"]
+        sock = _adopt(fds.take(state["socket"]))
+        listener._place = SocketPath.made(state["name"], sock, (int(device), int(inode)))
+        listener._restore_waiting(state, fds)
+        return listener
+
+    def save(self, fds: Descriptors) -> dict[str, Any]:
+        assert self._place is not None
+        return {**super().save(fds), "identity": self._place.identity}
 
     @property
     def address(self) -> str:
         return os.path.abspath(self._path)
 
     def open(self, log: RateLimitedLog) -> None:
-        check_path(self._path)
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self._bind(sock)
-            sock.listen(BACKLOG)
-        except BaseException:
-            sock.close()
-            raise
-        self._sock = sock
-        found = os.stat(self._path)
-        self._identity = (found.st_dev, found.st_ino)
+        if self._place is None:
+            self._place = SocketPath(self._path)
+        self._sock = self._place.sock
         super().open(log)
 
     def close(self) -> None:
-        if self._identity is not None:
-            # Somebody may have put another socket in its place.
-            with contextlib.suppress(FileNotFoundError):
-                found = os.stat(self._path)
-                if (found.st_dev, found.st_ino) == self._identity:
-                    os.unlink(self._path)
-            self._identity = None
+        if self._place is not None:
+            self._place.remove()
+            self._place = None
         super().close()
-
-    def _bind(self, sock: socket.socket) -> None:
-        try:
-            try:
-                sock.bind(self._path)
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-                self._replace_stale(sock)
-        except OSError as error:
-            raise UserError(_bind_failure(self._path, error)) from None
-
-    def _replace_stale(self, sock: socket.socket) -> None:
-        """One process at a time: else one would remove the socket that another has just made."""
-        folder = os.open(os.path.dirname(self._path) or ".", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._remove_stale()
-            sock.bind(self._path)
-        except BlockingIOError:
-            raise UserError(
-                f"socket path {self._path}: another process is just replacing a socket in this "
-                "folder; try again"
-            ) from None
-        finally:
-            os.close(folder)
-
-    def _remove_stale(self) -> None:
-        if not stat.S_ISSOCK(os.lstat(self._path).st_mode):
-            raise UserError(
-                f"socket path {self._path}: a file that is no socket is there; give another path "
-                "or remove it"
-            )
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)
-            try:
-                probe.connect(self._path)
-            except ConnectionRefusedError:
-                os.unlink(self._path)
-                return
-            except BlockingIOError:
-                pass  # its backlog is full: somebody listens
-        raise UserError(
-            f"socket path {self._path}: another process listens on it; give another path or stop "
-            "that process"
-        )
 
 
 class _Connected(Endpoint):
@@ -277,8 +291,19 @@ class _Connected(Endpoint):
         self.name = name
         self._sock: socket.socket | None = sock
 
+    @classmethod
+    def restored(cls, state: dict[str, Any], fds: Descriptors) -> Endpoint:
+        endpoint = cls.__new__(cls)
+        endpoint.name, endpoint._sock = state["name"], None
+        return endpoint
+
+    def save(self, fds: Descriptors) -> dict[str, Any]:
+        """Its only front-end is being served."""
+        return {"kind": type(self).__name__, "name": self.name}
+
     def open(self, log: RateLimitedLog) -> None:
-        assert self._sock is not None
+        if self._sock is None:
+            return
         try:
             self._sock.getpeername()
         except OSError:
@@ -305,6 +330,20 @@ class _Connector(Endpoint):
         self._connected_at: float | None = None
         self._said: int | None = None  # the errno that was logged last
         self._closed = False
+        self._paused = False
+
+    @classmethod
+    def restored(cls, state: dict[str, Any], fds: Descriptors) -> Endpoint:
+        return cls(state["name"], bool(state["retry"]))
+
+    def save(self, fds: Descriptors) -> dict[str, Any]:
+        return {"kind": type(self).__name__, "name": self._path, "retry": self._retry}
+
+    def pause(self) -> None:
+        self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
 
     @property
     def address(self) -> str:
@@ -325,6 +364,8 @@ class _Connector(Endpoint):
         while not self._closed:
             await asyncio.sleep(self._delay)
             self._delay = min(max(RETRY_FIRST, 2 * self._delay), RETRY_MOST)
+            if self._paused:
+                continue
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             sock.setblocking(False)
             try:
@@ -347,29 +388,6 @@ class _Connector(Endpoint):
 
     def close(self) -> None:
         self._closed = True
-
-
-def check_path(path: str) -> None:
-    """Raises UserError for a path that no socket can have."""
-    length = len(os.fsencode(path))
-    if length > MAX_PATH:
-        raise UserError(
-            f"socket path {path}: {length} bytes, but at most {MAX_PATH} fit into a socket "
-            "address; give a shorter one"
-        )
-    if not path or "\0" in path:
-        raise UserError(f"socket path {path!r}: give the path of a file")
-
-
-def _bind_failure(path: str, error: OSError) -> str:
-    folder = os.path.dirname(path) or "."
-    if error.errno == errno.ENOENT:
-        return f"socket path {path}: there is no folder {folder}; make it, or give another path"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"socket path {path}: {folder} is not writable for this user; give another path"
-    if error.errno == errno.ENOTDIR:
-        return f"socket path {path}: {folder} is not a folder; give another path"
-    return f"socket path {path}: {error.strerror}"
 
 
 def _adopt(fd: int) -> socket.socket:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from vdev.virtio.device import Device
+from vdev.virtio.device import Device, NativeDevice
 
-__all__ = ["Device"]
+__all__ = ["Device", "NativeDevice"]

@@ -9,6 +9,9 @@ from vdev._native import ffi, lib
 _DEVICE_FEATURES = {
     lib.VIRTIO_ID_NET: ("enum virtio_net_feature", "VIRTIO_NET_F_"),
     lib.VIRTIO_ID_BLOCK: ("enum virtio_blk_feature", "VIRTIO_BLK_F_"),
+    lib.VIRTIO_ID_CONSOLE: ("enum virtio_console_feature", "VIRTIO_CONSOLE_F_"),
+    lib.VIRTIO_ID_BALLOON: ("enum virtio_balloon_feature", "VIRTIO_BALLOON_F_"),
+    lib.VIRTIO_ID_VSOCK: ("enum virtio_vsock_feature", "VIRTIO_VSOCK_F_"),
 }
 
 # What every ring of ours can do, for a device to add to its own features.
@@ -17,6 +20,8 @@ RING_FEATURES: int = (
     | 1 << lib.VIRTIO_F_INDIRECT_DESC
     | 1 << lib.VIRTIO_F_EVENT_IDX
     | 1 << lib.VIRTIO_F_VERSION_1
+    | 1 << lib.VIRTIO_F_RING_PACKED
+    | 1 << lib.VIRTIO_F_IN_ORDER
 )
 
 

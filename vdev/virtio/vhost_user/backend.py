@@ -3,7 +3,8 @@
 One method a row of the table that has an effect or a reply, named by its `handler`.  A method
 takes the checked body and the message's descriptors; it returns the value of the reply.  It does
 its effect or raises, and leaves things as they were if it raises; the state moves afterwards
-(`Session.commit`).  A descriptor that is kept is taken out of the list; the rest are closed.
+(`Session.commit`).  A descriptor that is kept is taken out of the list; the rest are closed.  Those
+that go along with the reply (`Row.reply_fds`) are put into it.
 """
 
 from __future__ import annotations
@@ -11,27 +12,50 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 from vdev._native import lib
+from vdev.dirtylog import DirtyLog
 from vdev.errors import PeerError
-from vdev.iothread import IOThread, settle
+from vdev.inflight import InflightRegion, new_inflight_file
+from vdev.iothread import settle
 from vdev.memory import GuestMemory, Region
 from vdev.ratelog import RateLimitedLog
 from vdev.virtio.device import Device
-from vdev.virtio.queue import QueueConfig, ServedQueue
+from vdev.virtio.queue import Queue, QueueConfig
 from vdev.virtio.spec import describe_features, feature_names, protocol_feature_names, status_names
 from vdev.virtio.vhost_user.backend_channel import BackendChannel
 from vdev.virtio.vhost_user.channel import close_fds
 from vdev.virtio.vhost_user.codec import Message
-from vdev.virtio.vhost_user.layout import Placement, place_ring
-from vdev.virtio.vhost_user.payloads import ConfigAccess, MemoryRegion, VringState
-from vdev.virtio.vhost_user.session import F_PROTOCOL, MEM_SLOTS, Request, Session, VringFd
+from vdev.virtio.vhost_user.layout import Placement, log_used, place_ring
+from vdev.virtio.vhost_user.mapped import map_inflight, map_log, map_region
+from vdev.virtio.vhost_user.payloads import (
+    ConfigAccess,
+    Inflight,
+    Log,
+    MemoryRegion,
+    TransferState,
+    VringAddr,
+    VringState,
+)
+from vdev.virtio.vhost_user.session import (
+    F_LOG_ALL,
+    F_PROTOCOL,
+    MEM_SLOTS,
+    Request,
+    Session,
+    VringFd,
+)
+from vdev.virtio.vhost_user.state import decode_state, encode_state
 from vdev.virtio.vhost_user.table import PROTOCOL_FEATURES
+from vdev.virtio.vhost_user.transfer import Transfer, receive, send
 
 _EVENTFD = "anon_inode:[eventfd]"
+_F_INFLIGHT = 1 << lib.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD
+_F_BASE_INFLIGHT: int = lib.VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT
+_F_LOG = 1 << lib.VHOST_USER_PROTOCOL_F_LOG_SHMFD
 _F_MQ = 1 << lib.VHOST_USER_PROTOCOL_F_MQ
 _F_MTU = 1 << lib.VHOST_USER_PROTOCOL_F_MTU
 _F_RARP = 1 << lib.VHOST_USER_PROTOCOL_F_RARP
@@ -45,19 +69,24 @@ class Vring:
     kick: int = -1
     call: int = -1
     err: int = -1
-    queue: ServedQueue | None = None
+    queue: Queue | None = None
 
 
 class Backend:
     """One connection's hold on a device; `close` gives everything back."""
 
-    def __init__(self, device: Device, iothreads: Sequence[IOThread], log: RateLimitedLog) -> None:
+    def __init__(self, device: Device, log: RateLimitedLog) -> None:
         self.device = device
-        self._iothreads = iothreads
         self._log = log
         self._regions: dict[MemoryRegion, Region] = {}
+        self._region_fds: dict[MemoryRegion, int] = {}
         self._memory: GuestMemory | None = None
+        self._dirty: DirtyLog | None = None
+        self._dirty_fd = -1
+        self._inflight: InflightRegion | None = None
+        self._inflight_fd = -1
         self._channel: BackendChannel | None = None
+        self._transfer: Transfer | None = None
         self.vrings = [Vring() for _ in range(device.num_queues)]
         self.session = Session(
             features=device.features,
@@ -91,13 +120,17 @@ class Backend:
         if self._channel is not None:
             self._channel.close()
         try:
+            await self._end_transfer()
             await self._stop_rings()
         finally:
             for vring in self.vrings:
                 close_fds(fd for fd in (vring.kick, vring.call, vring.err) if fd >= 0)
                 vring.kick = vring.call = vring.err = -1
-            self._memory = None
+            self._memory = self._dirty = self._inflight = None
+            self._dirty_fd = _keep(self._dirty_fd, [])
+            self._inflight_fd = _keep(self._inflight_fd, [])
             self._regions.clear()
+            self._hold({})
             self.device.release()
 
     def status(self) -> dict[str, Any]:
@@ -133,8 +166,10 @@ class Backend:
 
     async def set_features(self, body: int, _fds: list[int]) -> None:
         session = self.session
-        if body != session.features:
-            self.device.negotiate(body & ~F_PROTOCOL)
+        ours = F_PROTOCOL | F_LOG_ALL
+        if session.features is None or (body ^ session.features) & ~F_LOG_ALL:
+            self.device.negotiate(body & ~ours)
+        await self._set_log(self._dirty if body & F_LOG_ALL else None)
         if not body & F_PROTOCOL:
             for ring in session.rings:
                 await self._enable(ring.index, True)
@@ -152,7 +187,10 @@ class Backend:
             await self._enable(ring.index, False)
 
     async def reset_device(self, _body: None, _fds: list[int]) -> None:
+        await self._end_transfer()
         await self._stop_rings()
+        self._inflight = None
+        self._inflight_fd = _keep(self._inflight_fd, [])
         self.device.reset()
 
     async def get_status(self, _body: None, _fds: list[int]) -> int:
@@ -168,14 +206,23 @@ class Backend:
         return MEM_SLOTS
 
     async def set_mem_table(self, body: tuple[MemoryRegion, ...], fds: list[int]) -> None:
-        mapped = {region: _map(region, fd) for region, fd in zip(body, fds, strict=True)}
+        mapped = {region: map_region(region, fd) for region, fd in zip(body, fds, strict=True)}
         await self._set_memory(mapped)
+        self._hold(dict(zip(body, fds, strict=True)))
+        fds.clear()
 
     async def add_mem_reg(self, body: MemoryRegion, fds: list[int]) -> None:
-        await self._set_memory({**self._regions, body: _map(body, fds[0])})
+        await self._set_memory({**self._regions, body: map_region(body, fds[0])})
+        self._hold({**self._region_fds, body: fds.pop()})
 
     async def rem_mem_reg(self, body: MemoryRegion, _fds: list[int]) -> None:
         await self._set_memory({r: m for r, m in self._regions.items() if r is not body})
+        self._hold({region: fd for region, fd in self._region_fds.items() if region is not body})
+
+    def _hold(self, fds: dict[MemoryRegion, int]) -> None:
+        """The files of the regions, for a process that takes over; others are closed."""
+        close_fds(fd for region, fd in self._region_fds.items() if fds.get(region) != fd)
+        self._region_fds = fds
 
     async def _set_memory(self, mapped: dict[MemoryRegion, Region]) -> None:
         """Moves all queues over to a new snapshot; the old one goes when none is left in it."""
@@ -185,7 +232,9 @@ class Backend:
             if vring.queue is None or ring.addresses is None:
                 continue
             try:
-                placement = place_ring(regions, ring.addresses, ring.size)
+                placement = place_ring(
+                    regions, ring.addresses, ring.size, packed=self.session.packed
+                )
             except PeerError:
                 # The guest addresses may be there still, but they are not the ring's: breaking
                 # it needs a memory that certainly lacks them.
@@ -200,6 +249,42 @@ class Backend:
         self._memory = memory
         self._regions = mapped
 
+    # The dirty log
+
+    async def set_log_base(self, body: Log, fds: list[int]) -> int:
+        """The front-end reads the log that was used before once more after the reply."""
+        dirty = map_log(body, fds[0])
+        if (self.session.features or 0) & F_LOG_ALL:
+            await self._set_log(dirty)
+        self._dirty = dirty
+        self._dirty_fd = _keep(self._dirty_fd, fds)
+        return 0
+
+    async def set_log_fd(self, _body: None, fds: list[int]) -> None:
+        _check_eventfd(fds[0], "the log's")
+
+    async def set_vring_addr(self, body: VringAddr, _fds: list[int]) -> None:
+        queue = self.vrings[body.ring].queue
+        if queue is not None and self.session.logging:
+            await queue.set_log(self._dirty, log_used(body))
+
+    async def _set_log(self, dirty: DirtyLog | None) -> None:
+        """Has all queues log there: they go on running."""
+        for ring, vring in zip(self.session.rings, self.vrings, strict=True):
+            if vring.queue is not None and ring.addresses is not None:
+                await vring.queue.set_log(dirty, log_used(ring.addresses))
+
+    # In-flight tracking
+
+    async def get_inflight_fd(self, body: Inflight, fds: list[int]) -> Inflight:
+        fd, size = new_inflight_file(body.num_queues, body.queue_size, packed=self.session.packed)
+        fds.append(fd)
+        return Inflight(size, 0, body.num_queues, body.queue_size)
+
+    async def set_inflight_fd(self, body: Inflight, fds: list[int]) -> None:
+        self._inflight = map_inflight(body, fds[0], packed=self.session.packed)
+        self._inflight_fd = _keep(self._inflight_fd, fds)
+
     # Rings
 
     async def set_vring_kick(self, body: VringFd, fds: list[int]) -> None:
@@ -210,6 +295,7 @@ class Backend:
         else:
             assert self._memory is not None
             placement = self.session.place(body.ring)
+            await self._end_transfer()
             await self._start_ring(body.ring, placement, self._memory, kick)
         vring.kick = _keep(vring.kick, fds)
 
@@ -228,11 +314,14 @@ class Backend:
         vring.err = _keep(vring.err, fds)
 
     async def get_vring_base(self, body: VringState, _fds: list[int]) -> VringState:
-        """The ring stops and drains before the answer; the kick fd is given back."""
-        await self._stop_ring(body.ring)
+        """The ring stops before the answer; the kick fd is given back.
+
+        It drains, unless the front-end takes what is in flight elsewhere.
+        """
+        await self._stop_ring(body.ring, suspend=self.session.has_protocol(_F_BASE_INFLIGHT))
         vring = self.vrings[body.ring]
         vring.kick = _keep(vring.kick, [])
-        return VringState(body.ring, self.session.rings[body.ring].base)
+        return VringState(body.ring, self.session.base(body.ring))
 
     async def set_vring_enable(self, body: VringState, _fds: list[int]) -> None:
         await self._enable(body.ring, bool(body.num))
@@ -248,9 +337,15 @@ class Backend:
             self.device.queue_enabled(index, False)
 
     async def _start_ring(
-        self, index: int, placement: Placement, memory: GuestMemory, kick: int
+        self,
+        index: int,
+        placement: Placement,
+        memory: GuestMemory,
+        kick: int,
+        gate: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         ring, vring = self.session.rings[index], self.vrings[index]
+        assert ring.addresses is not None
         config = QueueConfig(
             index=index,
             size=ring.size,
@@ -258,11 +353,15 @@ class Backend:
             desc=placement.desc.start,
             avail=placement.avail.start,
             used=placement.used.start,
-            next_index=ring.base,
+            next_index=self.session.base(index),
             enabled=ring.enabled,
             kick_fd=kick,
             call_fd=vring.call,
             err_fd=vring.err,
+            log=self._dirty if self.session.logging else None,
+            log_used=log_used(ring.addresses),
+            inflight=self._inflight,
+            gate=gate,
         )
 
         def broken(fault: str) -> None:
@@ -270,13 +369,13 @@ class Backend:
                 "%s: queue %d broke by its guest's fault: %s", self.device.name, index, fault
             )
 
-        iothread = min(self._iothreads, key=lambda thread: thread.queues)
-        vring.queue = await ServedQueue.start(config, self.device, memory, iothread, broken)
+        vring.queue = await self.device.start_queue(config, memory, broken)
 
-    async def _stop_ring(self, index: int) -> None:
+    async def _stop_ring(self, index: int, *, suspend: bool = False) -> None:
         vring = self.vrings[index]
-        if vring.queue is not None:
-            self.session.rings[index].base = await vring.queue.stop()
+        if (queue := vring.queue) is not None:
+            base = await (queue.suspend() if suspend else queue.stop())
+            self.session.rings[index].base = base
             vring.queue = None
 
     async def _stop_rings(self) -> None:
@@ -302,6 +401,33 @@ class Backend:
         # The first six bytes in memory order, as the front-end copied them.
         self.device.announce(body.to_bytes(8, sys.byteorder)[:6])
 
+    # The device's state, which is told while no ring runs: one that starts ends a transfer
+
+    async def set_device_state_fd(self, body: TransferState, fds: list[int]) -> int:
+        await self._end_transfer()
+        save = body.direction == lib.VHOST_USER_TRANSFER_SAVE
+        self._transfer = Transfer.start(fds[0], self._save if save else self._load)
+        fds.clear()
+        return int(lib.VHOST_USER_TRANSFER_NOFD)
+
+    async def check_device_state(self, _body: None, _fds: list[int]) -> int:
+        transfer, self._transfer = self._transfer, None
+        if transfer is None:
+            raise PeerError("no transfer of the device's state was begun")
+        await transfer.outcome()
+        return 0
+
+    async def _save(self, fd: int) -> None:
+        await send(fd, encode_state(self.device))
+
+    async def _load(self, fd: int) -> None:
+        decode_state(self.device, await receive(fd))
+
+    async def _end_transfer(self) -> None:
+        transfer, self._transfer = self._transfer, None
+        if transfer is not None:
+            await transfer.cancel()
+
     async def set_backend_req_fd(self, _body: None, fds: list[int]) -> None:
         channel = BackendChannel(fds[0], self._log)
         fds.clear()
@@ -318,6 +444,10 @@ def _protocol_features(device: Device) -> int:
     features: int = PROTOCOL_FEATURES
     if not device.supports_multiqueue:
         features &= ~_F_MQ
+    if not device.supports_log:
+        features &= ~_F_LOG
+    if device.supports_inflight:
+        features |= _F_INFLIGHT | 1 << _F_BASE_INFLIGHT
     if device.supports_mtu:
         features |= _F_MTU
     if device.supports_rarp:
@@ -329,25 +459,19 @@ def _protocol_features(device: Device) -> int:
     return features
 
 
-def _map(region: MemoryRegion, fd: int) -> Region:
-    return Region.map(
-        fd,
-        guest_addr=region.guest_addr,
-        size=region.size,
-        user_addr=region.user_addr,
-        offset=region.mmap_offset,
-    )
-
-
 def _eventfd(body: VringFd, fds: list[int]) -> int:
     """The descriptor that came along, or -1. Raises PeerError where it is no eventfd."""
     if not body.has_fd:
         return -1
-    # Reading or writing anything else could block the iothread, or reach a file.
-    kind = os.readlink(f"/proc/self/fd/{fds[0]}")
-    if kind != _EVENTFD:
-        raise PeerError(f"ring {body.ring}: the descriptor is {kind}, expected an eventfd")
+    _check_eventfd(fds[0], f"ring {body.ring}: the")
     return fds[0]
+
+
+def _check_eventfd(fd: int, whose: str) -> None:
+    # Reading or writing anything else could block the iothread, or reach a file.
+    kind = os.readlink(f"/proc/self/fd/{fd}")
+    if kind != _EVENTFD:
+        raise PeerError(f"{whose} descriptor is {kind}, expected an eventfd")
 
 
 def _keep(old: int, fds: list[int]) -> int:

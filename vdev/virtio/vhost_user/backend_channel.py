@@ -12,8 +12,10 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from typing import Any, Self
 
 from vdev._native import lib
+from vdev.descriptors import Descriptors
 from vdev.errors import PeerError
 from vdev.ratelog import RateLimitedLog
 from vdev.virtio.vhost_user.codec import encode
@@ -53,6 +55,33 @@ class BackendChannel:
         self._unsent = _CONFIG_CHANGE
         self._loop.add_writer(self._sock.fileno(), self._writable)
         self._writable()
+
+    def save(self, fds: Descriptors) -> dict[str, Any] | None:
+        """The socket, and what the front-end is still to be told; None where it is closed."""
+        if self.closed:
+            return None
+        unsent = self._unsent + (_CONFIG_CHANGE if self._changed else b"")
+        return {"socket": fds.put(self._sock.fileno()), "unsent": unsent.hex()}
+
+    @classmethod
+    def restore(cls, state: dict[str, Any], fds: Descriptors, log: RateLimitedLog) -> Self:
+        """What `save` gave, which goes on with `resume`.
+
+        Raises PeerError, ValueError, KeyError or TypeError where it did not.
+        """
+        channel = cls(fds.take(state["socket"]), log)
+        channel._unsent = bytes.fromhex(state["unsent"])
+        return channel
+
+    def pause(self) -> None:
+        """Says nothing until `resume`; the configuration does not change meanwhile."""
+        if not self.closed:
+            self._loop.remove_writer(self._sock.fileno())
+
+    def resume(self) -> None:
+        """Ends a pause."""
+        if self._unsent and not self.closed:
+            self._loop.add_writer(self._sock.fileno(), self._writable)
 
     def close(self) -> None:
         """Closes the socket; may be called twice."""

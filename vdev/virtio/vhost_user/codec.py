@@ -60,8 +60,28 @@ def encode(request: int, payload: bytes = b"", flags: int = 0) -> bytes:
     return _HEADER.pack(request, VERSION | flags, len(payload)) + payload
 
 
+def decode_reply(data: bytes | bytearray, request: int) -> Header:
+    """Checks and splits the header of the back-end's reply to `request`.
+
+    Raises PeerError for the reply to another request, other flags than a reply's, and a payload
+    that is too large.
+    """
+    header = Header(*_HEADER.unpack_from(data))
+    if header.request != request:
+        raise PeerError(f"a reply to request {header.request}, expected one to {request}")
+    if header.flags != VERSION | REPLY:
+        raise PeerError(
+            f"reply to request {request}: flags {header.flags:#x}, expected {VERSION | REPLY:#x}"
+        )
+    if header.size > MAX_PAYLOAD:
+        raise PeerError(
+            f"reply to request {request}: payload of {header.size} bytes, at most {MAX_PAYLOAD}"
+        )
+    return header
+
+
 def decode_header(data: bytes | bytearray) -> Header:
-    """Checks and splits the header of a message from the front-end.
+    """Checks and splits the header of a message from the front-end, or of one to it.
 
     Raises PeerError for another version, reserved flags, a reply (we asked for none), and a
     payload that is too large.
@@ -125,6 +145,10 @@ class Decoder:
         self._header = None
         self._parse_header()
         return message
+
+    def save(self) -> tuple[bytes, list[int]]:
+        """What came of a message that is not whole, for `feed`; its descriptors stay here."""
+        return bytes(self._data), list(self._fds)
 
     def take_fds(self) -> list[int]:
         """The descriptors of the message that will never be complete, for closing."""

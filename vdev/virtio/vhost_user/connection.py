@@ -9,7 +9,6 @@ those whose row has an `error_reply`.
 from __future__ import annotations
 
 import asyncio
-import socket
 
 from vdev._native import lib
 from vdev.errors import PeerError
@@ -23,17 +22,15 @@ from vdev.virtio.vhost_user.table import TABLE
 _F_REPLY_ACK: int = lib.VHOST_USER_PROTOCOL_F_REPLY_ACK
 
 
-async def serve_connection(sock: socket.socket, backend: Backend, log: RateLimitedLog) -> None:
-    """Serves a front-end until it leaves or breaks the protocol; closes `sock` and `backend`."""
-    channel = Channel(sock)
+async def serve_connection(channel: Channel, backend: Backend, log: RateLimitedLog) -> None:
+    """Serves a front-end until it leaves or breaks the protocol; closes `channel` and `backend`."""
     try:
         while (message := await channel.receive()) is not None:
             try:
-                reply = await _answer(message, backend, log)
+                reply, fds = await _answer(message, backend, log)
             finally:
                 close_fds(message.fds)
-            if reply:
-                await channel.send(reply)
+            await channel.send(reply, fds)
             # A front-end that sends without pause must not keep the loop from the others.
             await asyncio.sleep(0)
     except PeerError as error:
@@ -49,8 +46,13 @@ async def serve_connection(sock: socket.socket, backend: Backend, log: RateLimit
             channel.close()
 
 
-async def _answer(message: Message, backend: Backend, log: RateLimitedLog) -> bytes:
-    """The reply, or nothing. Raises where the connection must be closed."""
+async def _answer(
+    message: Message, backend: Backend, log: RateLimitedLog
+) -> tuple[bytes, list[int]]:
+    """The reply, or nothing, and the descriptors that go with it.
+
+    Raises where the connection must be closed.
+    """
     # As agreed when the message was sent: the one that agrees on REPLY_ACK is not acked yet.
     ack = message.need_reply and backend.session.has_protocol(_F_REPLY_ACK)
     try:
@@ -60,17 +62,18 @@ async def _answer(message: Message, backend: Backend, log: RateLimitedLog) -> by
         if no is None:
             raise
         log.warning("%s: refused: %s", backend.device.name, error)
-        return no
+        return no, []
     if request.row.reply is not None:
-        return encode(message.request, request.row.reply.encode(value), REPLY)
-    return encode(message.request, U64.encode(0), REPLY) if ack else b""
+        fds = [message.fds.pop() for _ in range(request.row.reply_fds)]
+        return encode(message.request, request.row.reply.encode(value), REPLY), fds
+    return encode(message.request, U64.encode(0), REPLY) if ack else b"", []
 
 
 def _refusal(message: Message, ack: bool) -> bytes | None:
     """The reply that says no, or None where there is none."""
     row = TABLE.get(message.request)
-    # Descriptors on it are a breach of the framing, not a wrong request.
-    if row is not None and row.error_reply is not None and not message.fds:
+    # More descriptors than it takes are a breach of the framing, not a wrong request.
+    if row is not None and row.error_reply is not None and len(message.fds) <= row.fds[1]:
         return encode(message.request, row.error_reply, REPLY)
     if ack and (row is None or row.reply is None):
         return encode(message.request, U64.encode(1), REPLY)

@@ -119,6 +119,7 @@ _REGION = _packed("struct vhost_user_mem_region")
 _TABLE = _packed("struct vhost_user_memory_header")
 _CONFIG = _packed("struct vhost_user_config_header")
 _INFLIGHT = _packed("struct vhost_user_inflight")
+_INFLIGHT_SIZE: int = ffi.sizeof("struct vhost_user_inflight")
 _MAX_REGIONS: int = lib.VHOST_USER_MEM_REGIONS
 _MAX_CONFIG: int = lib.VHOST_USER_CONFIG_MAX
 
@@ -175,13 +176,14 @@ CONFIG = Format(
     _decode_config,
     _encode_config,
 )
-# 20 bytes as the specification counts them, 24 from front-ends that send C's padding along.
+# 20 bytes as the specification counts them.  Programs in C send the padding along, and QEMU takes
+# nothing else for an answer.
 INFLIGHT = Format(
     "in-flight description",
     _INFLIGHT.size,
-    ffi.sizeof("struct vhost_user_inflight"),
+    _INFLIGHT_SIZE,
     lambda payload: Inflight(*_INFLIGHT.unpack_from(payload)),
-    lambda value: _INFLIGHT.pack(*value),
+    lambda value: _INFLIGHT.pack(*value).ljust(_INFLIGHT_SIZE, b"\0"),
 )
 # A message that is refused whatever it says.
 OPAQUE = Format("opaque", 0, MAX_PAYLOAD, lambda payload: payload, lambda value: bytes(value))

@@ -15,36 +15,52 @@ Source: vhost-user specification, "Starting and stopping rings" and "Front-end m
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from vdev._native import ffi, lib
 from vdev.errors import NotSupported, PeerError
 from vdev.memory import check_overlaps
+from vdev.virtio.queue import F_RING_PACKED, first_index, index_bits
 from vdev.virtio.vhost_user.codec import Message
 from vdev.virtio.vhost_user.layout import (
-    MAX_SIZE,
+    F_LOG_USED,
     Placement,
+    check_inflight,
+    check_inflight_wanted,
+    check_log,
+    check_logged,
     check_parts,
     check_region,
+    check_size,
     place_ring,
 )
-from vdev.virtio.vhost_user.payloads import ConfigAccess, MemoryRegion, VringAddr, VringState
+from vdev.virtio.vhost_user.payloads import (
+    ConfigAccess,
+    Inflight,
+    Log,
+    MemoryRegion,
+    TransferState,
+    VringAddr,
+    VringState,
+)
 from vdev.virtio.vhost_user.table import TABLE, Needs, Row
 
+F_LOG_ALL: int = 1 << lib.VHOST_F_LOG_ALL
 F_PROTOCOL: int = 1 << lib.VHOST_USER_F_PROTOCOL_FEATURES
 F_VERSION_1: int = 1 << lib.VIRTIO_F_VERSION_1
 MEM_SLOTS: int = lib.VHOST_USER_MEM_SLOTS
 
 _INDEX_MASK: int = lib.VHOST_USER_VRING_INDEX_MASK
+_LOG_SHMFD: int = lib.VHOST_USER_PROTOCOL_F_LOG_SHMFD
+_F_BASE_INFLIGHT: int = lib.VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT
+_F_INFLIGHT: int = lib.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD
 _NOFD: int = lib.VHOST_USER_VRING_NOFD
 _DRIVER_OK: int = lib.VIRTIO_STATUS_DRIVER_OK
 _FEATURES_OK: int = lib.VIRTIO_STATUS_FEATURES_OK
 _STATUS_BITS: int = sum(ffi.typeof("enum virtio_status").elements)
-_RING_FLAGS = 1  # VHOST_VRING_F_LOG
 _CONFIG_FLAGS = (0, 1)  # VHOST_SET_CONFIG_TYPE_FRONTEND, _MIGRATION
-_MAX_BASE = 0xFFFF
 
 
 class VringFd(NamedTuple):
@@ -63,12 +79,15 @@ class Request(NamedTuple):
 
 @dataclass(slots=True)
 class Ring:
-    """What is known of a ring. `placement` is in guest addresses, from when it was started."""
+    """What is known of a ring. `placement` is in guest addresses, from when it was started.
+
+    base: where it goes on, or None while the front-end has not said.
+    """
 
     index: int
     size: int = 0
     addresses: VringAddr | None = None
-    base: int = 0
+    base: int | None = None
     enabled: bool = False
     placement: Placement | None = None
 
@@ -88,6 +107,8 @@ class Session:
         self, *, features: int, protocol_features: int, num_queues: int, config_size: int
     ) -> None:
         self.offered = features | F_PROTOCOL
+        if protocol_features >> _LOG_SHMFD & 1:
+            self.offered |= F_LOG_ALL
         self.offered_protocol = protocol_features
         self.config_size = config_size
         self.owned = False
@@ -95,11 +116,23 @@ class Session:
         self.protocol_features: int | None = None
         self.status = 0
         self.regions: tuple[MemoryRegion, ...] = ()
+        self.log: Log | None = None
+        self.inflight: Inflight | None = None
         self.rings = [Ring(index) for index in range(num_queues)]
 
     def has_protocol(self, bit: int) -> bool:
         """Whether the protocol feature was agreed."""
         return bool((self.protocol_features or 0) >> bit & 1)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the rings are packed."""
+        return bool((self.features or 0) & F_RING_PACKED)
+
+    def base(self, index: int) -> int:
+        """Where ring `index` goes on."""
+        base = self.rings[index].base
+        return first_index(self.features or 0) if base is None else base
 
     @property
     def protocol_agreed(self) -> bool:
@@ -175,13 +208,34 @@ class Session:
         # and ours speak no legacy layout.
         if self.offered & F_VERSION_1 and not body & F_VERSION_1:
             raise PeerError("VIRTIO_F_VERSION_1 was not accepted, and there is no legacy device")
-        if self.features is not None and body != self.features and self._running():
-            raise PeerError("features cannot change while rings run")
+        changed = 0 if self.features is None else body ^ self.features
+        if changed & ~F_LOG_ALL and self._running():
+            raise PeerError("features other than LOG_ALL cannot change while rings run")
+        if body & F_LOG_ALL and self.log is not None:
+            packed = bool(body & F_RING_PACKED)
+            check_logged(self.log, self.regions, self._ring_addresses(), packed=packed)
+        return body
+
+    def check_set_log_base(self, body: Log, _fds: int) -> Log:
+        check_log(body)
+        check_logged(body, self.regions, self._ring_addresses(), packed=self.packed)
+        return body
+
+    def check_get_inflight_fd(self, body: Inflight, _fds: int) -> Inflight:
+        check_inflight_wanted(body, len(self.rings))
+        return body
+
+    def check_set_inflight_fd(self, body: Inflight, _fds: int) -> Inflight:
+        check_inflight(body, len(self.rings), packed=self.packed)
+        if self._running():
+            raise PeerError("the in-flight region cannot change while rings run")
         return body
 
     def check_set_protocol_features(self, body: int, _fds: int) -> int:
         if extra := body & ~self.offered_protocol:
             raise PeerError(f"protocol features {extra:#x} were not offered")
+        if body >> _F_BASE_INFLIGHT & 1 and not body >> _F_INFLIGHT & 1:
+            raise PeerError("GET_VRING_BASE_INFLIGHT goes with INFLIGHT_SHMFD only")
         return body
 
     def check_set_mem_table(
@@ -192,6 +246,7 @@ class Session:
         for region in body:
             check_region(region)
         check_overlaps(body)
+        self._check_logging(body)
         return body
 
     def check_add_mem_reg(self, body: MemoryRegion, _fds: int) -> MemoryRegion:
@@ -199,6 +254,7 @@ class Session:
             raise PeerError(f"all {MEM_SLOTS} memory slots are taken")
         check_region(body)
         check_overlaps((*self.regions, body))
+        self._check_logging((body,))
         return body
 
     def check_rem_mem_reg(self, body: MemoryRegion, _fds: int) -> MemoryRegion:
@@ -213,27 +269,27 @@ class Session:
 
     def check_set_vring_num(self, body: VringState, _fds: int) -> VringState:
         ring = self._ring(body.ring)
-        # virtio 1.3, section 2.7: a power of 2, at most 32768
-        if not 1 <= body.num <= MAX_SIZE or body.num & (body.num - 1):
-            raise PeerError(f"ring size {body.num}, expected a power of 2 up to {MAX_SIZE}")
+        check_size(body.num, packed=self.packed)
         if ring.started and body.num != ring.size:
             raise PeerError(f"the size of ring {ring.index} cannot change while it runs")
         return body
 
     def check_set_vring_addr(self, body: VringAddr, _fds: int) -> VringAddr:
         ring = self._ring(body.ring)
-        if extra := body.flags & ~_RING_FLAGS:
+        if extra := body.flags & ~F_LOG_USED:
             raise PeerError(f"ring flags {extra:#x} are unknown")
-        placement = place_ring(self.regions, body, ring.size or 1)
+        placement = self._place(body, ring.size or 1)
         # A running ring may be told its addresses again, to switch logging of the used ring.
         if ring.started and placement != ring.placement:
             raise PeerError(f"the addresses of ring {ring.index} cannot change while it runs")
+        self._check_logging((), ((body, ring.size or 1),))
         return body
 
     def check_set_vring_base(self, body: VringState, _fds: int) -> VringState:
         ring = self._ring(body.ring)
-        if body.num > _MAX_BASE:
-            raise PeerError(f"ring base {body.num}, at most {_MAX_BASE} for a split ring")
+        if body.num >> (bits := index_bits(self.features or 0)):
+            kind = "packed" if self.packed else "split"
+            raise PeerError(f"ring base {body.num:#x}, at most {bits} bits for a {kind} ring")
         if ring.started:
             raise PeerError(f"the base of ring {ring.index} cannot change while it runs")
         return body
@@ -265,16 +321,42 @@ class Session:
     def check_set_vring_kick(self, body: int, fds: int) -> VringFd:
         checked = self.check_vring_fd(body, fds)
         self.place(checked.ring)
+        ring, inflight = self.rings[checked.ring], self.inflight
+        if inflight is not None and ring.size > inflight.queue_size:
+            raise PeerError(
+                f"ring {ring.index} of {ring.size} entries, but the in-flight region is for queues "
+                f"of {inflight.queue_size}"
+            )
+        self._check_logging((), self._ring_addresses())
         return checked
+
+    def _ring_addresses(self) -> list[tuple[VringAddr, int]]:
+        return [(ring.addresses, ring.size) for ring in self.rings if ring.addresses is not None]
+
+    @property
+    def logging(self) -> bool:
+        """Whether what is written to guest memory is to be logged, and there is a log."""
+        return self.log is not None and bool((self.features or 0) & F_LOG_ALL)
+
+    def _check_logging(
+        self, regions: tuple[MemoryRegion, ...], rings: Iterable[tuple[VringAddr, int]] = ()
+    ) -> None:
+        if self.logging:
+            assert self.log is not None
+            check_logged(self.log, regions, rings, packed=self.packed)
 
     def place(self, index: int) -> Placement:
         """Where ring `index` lies now; it must overlap no running one. Raises PeerError."""
         ring = self._ring(index)
         assert ring.addresses is not None
-        placement = place_ring(self.regions, ring.addresses, ring.size)
+        check_size(ring.size, packed=self.packed)
+        placement = self._place(ring.addresses, ring.size)
         others = (r.placement for r in self.rings if r is not ring and r.placement)
         check_parts([*placement, *(part for other in others for part in other)])
         return placement
+
+    def _place(self, addresses: VringAddr, size: int) -> Placement:
+        return place_ring(self.regions, addresses, size, packed=self.packed)
 
     def check_net_set_mtu(self, body: int, _fds: int) -> int:
         low, high = lib.VIRTIO_NET_MTU_MIN, lib.VIRTIO_NET_MTU_MAX
@@ -309,6 +391,15 @@ class Session:
             raise PeerError("DRIVER_OK without FEATURES_OK")
         return body
 
+    def check_set_device_state_fd(self, body: TransferState, _fds: int) -> TransferState:
+        if body.direction not in (lib.VHOST_USER_TRANSFER_SAVE, lib.VHOST_USER_TRANSFER_LOAD):
+            raise PeerError(f"direction {body.direction} is unknown")
+        if body.phase != lib.VHOST_USER_TRANSFER_STOPPED:
+            raise PeerError(f"phase {body.phase} is unknown")
+        if self._running():
+            raise PeerError("the device has no state to transfer while rings run")
+        return body
+
     def commit_set_owner(self, _body: None) -> None:
         self.owned = True
 
@@ -324,6 +415,12 @@ class Session:
             # "the ring starts directly in the enabled state"
             for ring in self.rings:
                 ring.enabled = True
+
+    def commit_set_log_base(self, body: Log) -> None:
+        self.log = body
+
+    def commit_set_inflight_fd(self, body: Inflight) -> None:
+        self.inflight = body
 
     def commit_set_protocol_features(self, body: int) -> None:
         self.protocol_features = body
@@ -343,7 +440,7 @@ class Session:
         for ring in self.rings:
             if ring.started and ring.addresses is not None:
                 with contextlib.suppress(PeerError):
-                    ring.placement = place_ring(regions, ring.addresses, ring.size)
+                    ring.placement = self._place(ring.addresses, ring.size)
 
     def commit_set_vring_num(self, body: VringState) -> None:
         self.rings[body.ring].size = body.num
@@ -379,6 +476,7 @@ class Session:
         """
         self.status = 0
         self.features = None
+        self.inflight = None
         self.rings = [Ring(ring.index) for ring in self.rings]
 
     def _running(self) -> bool:

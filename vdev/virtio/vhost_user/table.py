@@ -10,7 +10,7 @@ Source: vhost-user specification, "Front-end message types".
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from vdev._native import ffi, lib
 from vdev.virtio.vhost_user.payloads import (
@@ -45,9 +45,10 @@ class Row:
     """One message.
 
     payload: layout of the request.  reply: layout of the answer; None = an ack where one is asked
-    for (REPLY_ACK).  fds: fewest and most file descriptors.  protocol_feature: the bit that must
-    have been agreed.  needs: see Needs.  error_reply: payload of the reply that says no, for
-    messages that have one.  refusal: why the message is always refused.
+    for (REPLY_ACK).  fds: fewest and most file descriptors.  reply_fds: how many the answer has.
+    protocol_feature: the bit that must have been agreed.  needs: see Needs.  error_reply: payload
+    of the reply that says no, for messages that have one.  refusal: why the message is always
+    refused.
     """
 
     request: int
@@ -55,6 +56,8 @@ class Row:
     payload: Format = EMPTY
     reply: Format | None = None
     fds: tuple[int, int] = (0, 0)
+    _: KW_ONLY
+    reply_fds: int = 0
     protocol_feature: int | None = None
     needs: Needs = Needs.NOTHING
     error_reply: bytes | None = None
@@ -69,11 +72,9 @@ _NAMES: dict[int, str] = {
     value: name.removeprefix("VHOST_USER_")
     for value, name in ffi.typeof("enum vhost_user_request").elements.items()
 }
-_NO_LOG = "dirty logging is not offered"
 _NO_POSTCOPY = "post-copy migration is not offered"
-_NO_INFLIGHT = "in-flight tracking is not offered"
-_NO_STATE = "transfer of the device state is not offered"
 
+_F_LOG: int = lib.VHOST_USER_PROTOCOL_F_LOG_SHMFD
 _F_MQ: int = lib.VHOST_USER_PROTOCOL_F_MQ
 _F_CONFIG: int = lib.VHOST_USER_PROTOCOL_F_CONFIG
 _F_SLOTS: int = lib.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
@@ -99,10 +100,11 @@ ROWS: tuple[Row, ...] = (
         LOG,
         U64,
         _ONE,
-        lib.VHOST_USER_PROTOCOL_F_LOG_SHMFD,
-        refusal=_NO_LOG,
+        protocol_feature=_F_LOG,
     ),
-    Row(lib.VHOST_USER_SET_LOG_FD, "set_log_fd", EMPTY, fds=_ONE, refusal=_NO_LOG),
+    # An eventfd to be told by; but nobody waits for a log that lies in shared memory, and it is
+    # closed unused.
+    Row(lib.VHOST_USER_SET_LOG_FD, "set_log_fd", EMPTY, fds=_ONE, protocol_feature=_F_LOG),
     Row(lib.VHOST_USER_SET_VRING_NUM, "set_vring_num", VRING_STATE),
     Row(lib.VHOST_USER_SET_VRING_ADDR, "set_vring_addr", VRING_ADDR, needs=Needs.MEMORY),
     Row(lib.VHOST_USER_SET_VRING_BASE, "set_vring_base", VRING_STATE),
@@ -167,7 +169,7 @@ ROWS: tuple[Row, ...] = (
         INFLIGHT,
         INFLIGHT,
         protocol_feature=_F_INFLIGHT,
-        refusal=_NO_INFLIGHT,
+        reply_fds=1,
     ),
     Row(
         lib.VHOST_USER_SET_INFLIGHT_FD,
@@ -175,7 +177,6 @@ ROWS: tuple[Row, ...] = (
         INFLIGHT,
         fds=_ONE,
         protocol_feature=_F_INFLIGHT,
-        refusal=_NO_INFLIGHT,
     ),
     Row(
         lib.VHOST_USER_RESET_DEVICE,
@@ -219,23 +220,24 @@ ROWS: tuple[Row, ...] = (
         TRANSFER_STATE,
         U64,
         _ONE,
-        _F_STATE,
-        refusal=_NO_STATE,
+        protocol_feature=_F_STATE,
+        error_reply=U64.encode(lib.VHOST_USER_TRANSFER_NOFD | 1),
     ),
     Row(
         lib.VHOST_USER_CHECK_DEVICE_STATE,
         "check_device_state",
         reply=U64,
         protocol_feature=_F_STATE,
-        refusal=_NO_STATE,
+        error_reply=U64.encode(1),
     ),
 )
 
 TABLE: dict[int, Row] = {row.request: row for row in ROWS}
 
-# Offered whatever the device is; MTU and RARP depend on it.
+# Offered whatever the device is; MTU, RARP and INFLIGHT_SHMFD depend on it.
 PROTOCOL_FEATURES: int = (
     1 << lib.VHOST_USER_PROTOCOL_F_MQ
+    | 1 << lib.VHOST_USER_PROTOCOL_F_LOG_SHMFD
     | 1 << lib.VHOST_USER_PROTOCOL_F_REPLY_ACK
     | 1 << lib.VHOST_USER_PROTOCOL_F_BACKEND_REQ
     | 1 << lib.VHOST_USER_PROTOCOL_F_CONFIG
@@ -243,4 +245,5 @@ PROTOCOL_FEATURES: int = (
     | 1 << lib.VHOST_USER_PROTOCOL_F_RESET_DEVICE
     | 1 << lib.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
     | 1 << lib.VHOST_USER_PROTOCOL_F_STATUS
+    | 1 << _F_STATE
 )

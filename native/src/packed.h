@@ -1,0 +1,192 @@
+/*
+ * Places in a packed ring, what the flags of a descriptor there say, and what is done for every
+ * chain (virtio 1.3, section 2.8): by ring_packed.c, which tells how such rings work, and, with
+ * what it adds, by inflight_packed.c.
+ */
+#ifndef VHOST_PACKED_H
+#define VHOST_PACKED_H
+
+#include "chain.h"
+
+enum {
+    AVAIL = VRING_PACKED_DESC_F_AVAIL,
+    USED = VRING_PACKED_DESC_F_USED,
+    WRAP_BIT = 15, /* of indexes that have their counter with them */
+    WRAP = 1 << WRAP_BIT,
+};
+
+/* What is available in the round after this one. */
+static inline uint16_t flip(uint16_t bits)
+{
+    return bits ^ (AVAIL | USED);
+}
+
+static inline void move(const struct ring *r, uint16_t *idx, uint16_t *bits, uint32_t n)
+{
+    uint32_t to = *idx + n;
+
+    if (to >= r->size) {
+        to -= r->size;
+        *bits = flip(*bits);
+    }
+    *idx = (uint16_t)to;
+}
+
+static inline bool is_available(const struct vring_packed_desc *d, uint16_t bits)
+{
+    /* Acquire: the driver wrote the chain's first flags after all the rest of it. */
+    return (load16(&d->flags, __ATOMIC_ACQUIRE) & (AVAIL | USED)) == bits;
+}
+
+static inline uint16_t avail_place(const struct ring *r)
+{
+    return r->next_avail | (r->avail_bits == AVAIL ? WRAP : 0);
+}
+
+static inline uint16_t used_place(const struct ring *r)
+{
+    return r->used_idx | (r->used_bits ? WRAP : 0);
+}
+
+/* The flags of what is available where the used bits are these. */
+static inline uint16_t avail_bits_of(uint16_t used_bits)
+{
+    return used_bits ? AVAIL : USED;
+}
+
+/* ---- chains ---- */
+
+/* Of an indirect table's entries only address, length and WRITE count (section 2.8.7). */
+static inline enum vhost_fault packed_walk_table(struct vhost_queue *q, struct gathered *g,
+                                                 uint64_t addr, uint32_t len)
+{
+    uint32_t entries = len / sizeof(struct vring_packed_desc);
+
+    if (!q->ring.indirect || len == 0 || len % sizeof(struct vring_packed_desc))
+        return VHOST_FAULT_INDIRECT;
+    if (unlikely(entries > q->chain_max))
+        return VHOST_FAULT_CHAIN_LENGTH;
+    const struct vring_packed_desc *table = chain_table(q, addr, len);
+    if (unlikely(!table))
+        return VHOST_FAULT_ADDRESS;
+    for (uint32_t i = 0; i < entries; i++) {
+        struct desc d = desc_read(&table[i]);
+        if (unlikely(d.high & VRING_DESC_F_INDIRECT))
+            return VHOST_FAULT_INDIRECT;
+        enum vhost_fault fault = chain_add(q, g, d.addr, d.len, d.high & VRING_DESC_F_WRITE);
+        if (unlikely(fault))
+            return fault;
+    }
+    return VHOST_FAULT_NONE;
+}
+
+/* Walks the chain at next_avail into q->iov; *len descriptors of the ring. */
+static inline enum vhost_fault packed_walk(struct vhost_queue *q, struct chain *c, uint16_t *len)
+{
+    const struct ring *r = &q->ring;
+    /* What is in flight is not the driver's to make available once more. */
+    uint32_t i = r->next_avail, seen = 0, room = r->size - r->taken;
+    struct gathered g = {0};
+    enum vhost_fault fault;
+    uint16_t id, flags;
+
+    do {
+        if (unlikely(seen++ == room))
+            return VHOST_FAULT_CHAIN_LENGTH;
+        struct desc d = desc_read(&r->offered[i]);
+        id = d.low;
+        flags = d.high;
+        if (flags & VRING_DESC_F_INDIRECT) {
+            /* Section 2.8.19: not in a list. */
+            if (unlikely(seen > 1 || (flags & VRING_DESC_F_NEXT)))
+                return VHOST_FAULT_INDIRECT;
+            fault = packed_walk_table(q, &g, d.addr, d.len);
+        } else {
+            fault = chain_add(q, &g, d.addr, d.len, flags & VRING_DESC_F_WRITE);
+        }
+        if (unlikely(fault))
+            return fault;
+        if (++i == r->size)
+            i = 0;
+    } while (flags & VRING_DESC_F_NEXT);
+    if (unlikely(id >= r->size))
+        return VHOST_FAULT_HEAD_RANGE;
+    if (unlikely(q->lengths[id]))
+        return VHOST_FAULT_HEAD_BUSY;
+    *len = (uint16_t)seen;
+    c->head = id;
+    return chain_end(q, &g, seen, c);
+}
+
+static inline bool packed_pop(struct vhost_queue *q, struct chain *chain)
+{
+    struct ring *r = &q->ring;
+    uint16_t len;
+
+    if (!is_available(&r->offered[r->next_avail], r->avail_bits))
+        return false;
+    enum vhost_fault fault = packed_walk(q, chain, &len);
+    if (unlikely(fault)) {
+        queue_break(q, fault);
+        return false;
+    }
+    q->lengths[chain->head] = len;
+    r->taken += len;
+    q->in_flight++;
+    move(r, &r->next_avail, &r->avail_bits, len);
+    return true;
+}
+
+/* The chain is no longer in flight; how many descriptors it had. */
+static inline uint16_t packed_idle(struct vhost_queue *q, uint16_t id)
+{
+    uint16_t len = q->lengths[id];
+
+    q->lengths[id] = 0;
+    q->ring.taken -= len;
+    q->in_flight--;
+    return len;
+}
+
+static inline void packed_push(struct vhost_queue *q, uint16_t id, uint32_t len)
+{
+    struct ring *r = &q->ring;
+    struct vring_packed_desc *d = &r->slot[r->used_idx];
+    /* WRITE: the length counts (section 2.8.4). */
+    uint16_t flags = (uint16_t)(r->used_bits | (len ? VRING_DESC_F_WRITE : 0));
+    uint16_t taken = packed_idle(q, id);
+
+    d->len = len;
+    d->id = id;
+    if (r->unshown) {
+        __atomic_store_n(&d->flags, flags, __ATOMIC_RELAXED);
+    } else {
+        r->first = r->used_idx;
+        r->first_flags = flags;
+    }
+    r->unshown += taken;
+    move(r, &r->used_idx, &r->used_bits, taken);
+    if (!q->dirty)
+        iothread_mark_dirty(q);
+}
+
+/* The used descriptor written last, which is not shown yet, tells of this chain instead of its own.
+ */
+static inline void packed_join(struct vhost_queue *q, uint16_t id, uint32_t len)
+{
+    struct ring *r = &q->ring;
+    struct vring_packed_desc *d = &r->slot[r->last];
+    uint16_t flags = (uint16_t)(r->last_bits | (len ? VRING_DESC_F_WRITE : 0));
+    uint16_t taken = packed_idle(q, id);
+
+    d->len = len;
+    d->id = id;
+    if (r->last == r->first)
+        r->first_flags = flags;
+    else
+        __atomic_store_n(&d->flags, flags, __ATOMIC_RELAXED);
+    r->unshown += taken;
+    move(r, &r->used_idx, &r->used_bits, taken);
+}
+
+#endif

@@ -1,0 +1,3 @@
+/* Batches, on packed rings. */
+#define PACKED_RINGS
+#include "test_batch.c"

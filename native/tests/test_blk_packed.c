@@ -1,0 +1,3 @@
+/* virtio-blk, on packed rings. */
+#define PACKED_RINGS
+#include "test_blk.c"

@@ -1,0 +1,3 @@
+/* The dirty log, on packed rings. */
+#define PACKED_RINGS
+#include "test_log.c"

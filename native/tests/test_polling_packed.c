@@ -1,0 +1,3 @@
+/* Polling and sleep, on packed rings. */
+#define PACKED_RINGS
+#include "test_polling.c"

@@ -1,0 +1,1 @@
+"""Peers that misbehave for as long as one likes, beside some that do not."""

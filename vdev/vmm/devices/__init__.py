@@ -1,0 +1,1 @@
+"""The machine's own devices, served in batches: entropy, console, balloon, sockets."""

@@ -1,0 +1,1 @@
+"""The PCI bus of a machine: one root bus of functions without bridges."""
