@@ -4,13 +4,17 @@ PYTHON := .venv/bin/python
 # Taps, bridges and the guest's root file system need root; -E keeps XDG_CACHE_HOME, CI, proxies.
 SUDO := $(if $(filter 0,$(shell id -u)),,sudo -E)
 
-.PHONY: demo test fuzz soak perf perf-gate setup setup-peers setup-fuzz clean clean-cache
+.PHONY: demo test test-all fuzz soak perf perf-gate setup setup-peers setup-fuzz clean clean-cache
 
 demo: setup
 	@$(SUDO) $(PYTHON) -m tests.lab.demo $(DEMO_ARGS)
 
 test: setup-peers
 	@$(SUDO) $(PYTHON) -m pytest $(if $(TESTS),$(TESTS),tests) $(PYTEST_ARGS)
+
+# The long ones too: an hour. make test-all TESTS=tests/vmm/kvm
+test-all:
+	@$(MAKE) --no-print-directory test PYTEST_ARGS="--all $(PYTEST_ARGS)"
 
 # make fuzz SECONDS=600 TARGETS="ring blk"; see docs/testing.md
 fuzz: setup-fuzz

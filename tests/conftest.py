@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 from collections import Counter
@@ -13,7 +14,7 @@ import pytest
 import pytest_asyncio
 import uvloop
 
-pytest_plugins = ["tests.lab.skips", "tests.lab.inner_tests"]
+pytest_plugins = ["tests.lab.skips", "tests.lab.lengths", "tests.lab.inner_tests"]
 
 # How long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile(
@@ -31,6 +32,13 @@ def pytest_configure() -> None:
     ):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+def pytest_collection_finish() -> None:
+    """Many tests collect garbage to see what is left; thousands of tests to come are none, and to
+    look at them each time took more than most tests do."""
+    gc.collect()
+    gc.freeze()
 
 
 def _debug_loop() -> asyncio.AbstractEventLoop:

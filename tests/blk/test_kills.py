@@ -39,7 +39,12 @@ def worker(server: Server) -> int:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("cache", "kills", "in_order"),
-    [("writeback", 100, False), ("none", 20, False), ("writeback", 20, True)],
+    [
+        ("writeback", 20, False),
+        pytest.param("writeback", 100, False, marks=pytest.mark.long),
+        ("none", 10, False),
+        ("writeback", 10, True),
+    ],
 )
 def test_kills_in_a_row(
     server: Server, disk_directory: Path, kills: int, layout: str, in_order: bool

@@ -21,7 +21,7 @@ _SIZE = 256 << 20
 _KILLS = 5
 
 
-@pytest.mark.parametrize("layout", ["split", "packed"])
+@pytest.mark.parametrize("layout", ["packed", pytest.param("split", marks=pytest.mark.long)])
 async def test_a_server_that_is_killed_again_and_again(lab: Lab, layout: str) -> None:
     root = lab.blk(f"kills-{layout}-root", await lab.root_image())
     data = lab.blk(f"kills-{layout}", lab.blank(f"kills-{layout}", _SIZE), queues=2)

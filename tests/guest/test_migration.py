@@ -99,7 +99,7 @@ class Numbers:
         return len(lines)
 
 
-@pytest.mark.parametrize("layout", ["split", "packed"])
+@pytest.mark.parametrize("layout", ["packed", pytest.param("split", marks=pytest.mark.long)])
 async def test_a_guest_goes_there_and_back_under_load(
     lab: Lab, networking: None, layout: str
 ) -> None:

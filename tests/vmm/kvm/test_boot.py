@@ -13,10 +13,10 @@ from vdev.vmm.config import DiskConfig
 
 # Pairwise: every two of flavour, image, transport, console and number of CPUs meet somewhere.
 SHAPES = [
-    ("generic", False, "pci", "serial", 1, 256),
-    ("generic", False, "mmio", "virtio", 2, 3072),
+    pytest.param("generic", False, "pci", "serial", 1, 256, marks=pytest.mark.long),
+    pytest.param("generic", False, "mmio", "virtio", 2, 3072, marks=pytest.mark.long),
     ("generic", True, "pci", "virtio", 4, 6144),
-    ("cloud", False, "mmio", "serial", 4, 5120),
+    pytest.param("cloud", False, "mmio", "serial", 4, 5120, marks=pytest.mark.long),
     ("cloud", False, "pci", "virtio", 2, 3074),
     ("cloud", True, "mmio", "serial", 1, 96),
 ]

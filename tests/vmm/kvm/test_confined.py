@@ -305,6 +305,7 @@ def block_devices(tmp_path: Path) -> Iterator[list[str]]:
         subprocess.run(["losetup", "--detach", path], check=True)
 
 
+@pytest.mark.long
 def test_disks_that_come_later_are_limited_too(
     material: Material,
     run: Callable[..., Running],
@@ -353,6 +354,7 @@ def test_disks_that_come_later_are_limited_too(
     assert running.process.wait() == 0, said
 
 
+@pytest.mark.long
 def test_what_a_kill_leaves_is_in_nobodys_way(
     configure: Callable[..., str], run: Callable[..., Running], tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ from vdev.vmm.api import State
 from vdev.vmm.config import DiskConfig, NicConfig, ShareConfig, VhostUserConfig
 
 
-@pytest.mark.parametrize(("console", "flood"), [("serial", 100_000), ("virtio", 1_500_000)])
+@pytest.mark.parametrize(("console", "flood"), [pytest.param("serial", 100_000, marks=pytest.mark.long), ("virtio", 1_500_000)])
 async def test_the_console_carries_bytes_unharmed(
     material: Material, console: str, flood: int
 ) -> None:
@@ -84,7 +84,7 @@ async def _echo() -> AsyncIterator[int]:
         yield server.sockets[0].getsockname()[1]
 
 
-@pytest.mark.parametrize("transport", ["pci", "mmio"])
+@pytest.mark.parametrize("transport", ["pci", pytest.param("mmio", marks=pytest.mark.long)])
 async def test_the_network(
     material: Material, tools: Path, tmp_path: Path, bridge: str, transport: str
 ) -> None:
@@ -118,6 +118,7 @@ async def test_the_network(
         assert counters["total"]["packets"] > 1000, counters
 
 
+@pytest.mark.long
 async def test_a_card_of_two_queue_pairs(material: Material, tools: Path, bridge: str) -> None:
     """Both carry traffic, each way; with one pair switched off the other carries it all."""
     config = config_of(
@@ -193,7 +194,7 @@ async def test_entropy_and_balloon(material: Material) -> None:
         assert (await guest.sh("tr -d '\\0' </run/fill | wc -c")).strip() == "0"
 
 
-@pytest.mark.parametrize("transport", ["pci", "mmio"])
+@pytest.mark.parametrize("transport", ["pci", pytest.param("mmio", marks=pytest.mark.long)])
 async def test_a_folder_is_shared(material: Material, tmp_path: Path, transport: str) -> None:
     folder = tmp_path / "shared"
     folder.mkdir()
@@ -214,7 +215,7 @@ async def test_a_folder_is_shared(material: Material, tmp_path: Path, transport:
             await guest.reset()
 
 
-@pytest.mark.parametrize("backend", ["vdev", "qemu-storage-daemon"])
+@pytest.mark.parametrize("backend", ["vdev", pytest.param("qemu-storage-daemon", marks=pytest.mark.long)])
 async def test_disks_of_other_processes(material: Material, tmp_path: Path, backend: str) -> None:
     image, socket = tmp_path / "image", tmp_path / "socket"
     image.write_bytes(bytes(32 * MIB))

@@ -30,7 +30,7 @@ async def image(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("transport", ["pci", "mmio"])
+@pytest.mark.parametrize("transport", ["pci", pytest.param("mmio", marks=pytest.mark.long)])
 async def test_a_disk_keeps_what_the_guest_writes(
     material: Material, tools: Path, image: Path, transport: str
 ) -> None:
@@ -79,6 +79,7 @@ async def test_a_disk_keeps_what_the_guest_writes(
     assert hashlib.sha256(content).hexdigest() == digest
 
 
+@pytest.mark.long
 async def test_debian_runs_from_our_disk(material: Material, tools: Path) -> None:
     """Its root is a disk of ours; on it glibc, a service manager's tools, and a login shell."""
     config = config_of(

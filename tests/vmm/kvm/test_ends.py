@@ -64,6 +64,7 @@ async def test_a_panic_is_told(material: Material) -> None:
         assert (await guest.end()).end is End.PANIC
 
 
+@pytest.mark.long
 async def test_a_panic_that_nobody_tells_resets(material: Material) -> None:
     """As panic=-1 has it, where the guest lacks the driver of the panic device."""
     config = config_of(material.cloud, words="lab.modules=virtio_pci", reboot=False)
@@ -78,7 +79,7 @@ async def test_a_triple_fault_is_a_crash(material: Material) -> None:
         assert await guest.end() == Outcome(End.CRASHED, "triple fault on vCPU 0")
 
 
-@pytest.mark.parametrize("transport", ["pci", "mmio"])
+@pytest.mark.parametrize("transport", ["pci", pytest.param("mmio", marks=pytest.mark.long)])
 async def test_the_power_button_is_an_event_for_the_guest(
     material: Material, transport: str
 ) -> None:
@@ -94,7 +95,7 @@ async def test_the_power_button_is_an_event_for_the_guest(
         assert await guest.power_off() == Outcome(End.SHUTDOWN)
 
 
-@pytest.mark.parametrize("said", [b"", b"Linux version", b"GUEST READY"])
+@pytest.mark.parametrize("said", [b"", b"Linux version", pytest.param(b"GUEST READY", marks=pytest.mark.long)])
 async def test_it_can_be_stopped_at_any_time(material: Material, said: bytes) -> None:
     config = config_of(material.cloud, words="loglevel=7", cpus=2)
     async with started(config) as guest:

@@ -47,6 +47,7 @@ async def _boot(kernel: Path, bootable: Bootable, words: str) -> str:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flavour", ["generic", "cloud"])
 async def test_the_elf_kernel_boots_to_ready_and_runs_a_script(
     material: Material, flavour: str
@@ -58,6 +59,7 @@ async def test_the_elf_kernel_boots_to_ready_and_runs_a_script(
     assert f"{bootable.release}\nGUEST EXIT 0\n" in said
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("flavour", ["generic", "cloud"])
 async def test_the_compressed_kernel_boots(material: Material, flavour: str) -> None:
     bootable: Bootable = getattr(material, flavour)

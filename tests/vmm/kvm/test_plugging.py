@@ -49,6 +49,7 @@ async def test_disks_and_cards_come_and_go(material: Material, tmp_path: Path) -
         assert not errors
 
 
+@pytest.mark.long
 async def test_many_disks_at_once_fill_the_slots(material: Material) -> None:
     """31 slots: each device gets one, the next is refused, and one that is freed is used again."""
     async with booted(config_of(material.cloud, disks=(DiskConfig("null:1M"),))) as guest:

@@ -37,6 +37,7 @@ def huge_pages() -> Iterator[int]:
     (_POOL / "nr_hugepages").write_text(before)
 
 
+@pytest.mark.long
 async def test_memory_of_huge_pages(material: Material, huge_pages: int, tmp_path: Path) -> None:
     """They are the guest's while it lives, are all it has, and a disk's requests go to them."""
     disk = tmp_path / "disk"
@@ -61,6 +62,7 @@ async def test_memory_of_huge_pages(material: Material, huge_pages: int, tmp_pat
         assert await guest.power_off() == Outcome(End.SHUTDOWN)
 
 
+@pytest.mark.long
 async def test_sixteen_processors_work(material: Material, monkeypatch: pytest.MonkeyPatch) -> None:
     """On two of the host's: each is there, runs what is put on it, and is interrupted."""
     # Which takes its time, most of it to boot.

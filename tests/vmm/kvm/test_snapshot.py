@@ -261,6 +261,7 @@ async def test_everything_goes_on(taken: Taken, server: LineServer, tmp_path: Pa
     check_host_disk(tmp_path / "disk0", sums)
 
 
+@pytest.mark.long
 async def test_it_is_rolled_back_and_taken_again(taken: Taken, tmp_path: Path) -> None:
     """Twice from one, and from one that went on from there; and one that cannot be written."""
     snapshot = read(str(taken.directory))
@@ -349,6 +350,7 @@ async def test_two_clones_live_side_by_side(taken: Taken, tmp_path: Path) -> Non
     assert read(str(taken.directory)).state == snapshot.state
 
 
+@pytest.mark.long
 async def test_a_guest_on_mmio_goes_on(material: Material, tmp_path: Path) -> None:
     config = config_of(
         material.cloud,
