@@ -95,7 +95,7 @@ def networks(guests: None) -> None:
 
 
 @pytest.mark.usefixtures("guests")
-@pytest.mark.parametrize("name", ["vdev", "qemu-virtio-blk"])
+@pytest.mark.parametrize("name", ["vdev", pytest.param("qemu-virtio-blk", marks=pytest.mark.long)])
 def test_fio_in_a_guest_that_rests_between_windows(name: str) -> None:
     with attached(READ, name) as target:
         target.rest()
@@ -157,7 +157,7 @@ def _scribbled(image: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("networks")
-@pytest.mark.parametrize("name", ["vdev", "qemu-virtio-net"])
+@pytest.mark.parametrize("name", ["vdev", pytest.param("qemu-virtio-net", marks=pytest.mark.long)])
 def test_a_stream_comes_back_whole(name: str) -> None:
     with attached(NetGuest(Stream), name) as target:
         target.rest()

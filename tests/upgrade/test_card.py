@@ -54,7 +54,13 @@ def check_traffic(nic: NetClient, wire: PacketPort, *, pair: int = 0) -> None:
     assert wire.recv() == out
 
 
-@pytest.mark.parametrize("features", [FEATURES, FEATURES | F_RING_PACKED], ids=["split", "packed"])
+@pytest.mark.parametrize(
+    "features",
+    [
+        pytest.param(FEATURES, id="split", marks=pytest.mark.long),
+        pytest.param(FEATURES | F_RING_PACKED, id="packed"),
+    ],
+)
 def test_again_and_again_under_traffic(ns: Namespace, tmp_path: Path, features: int) -> None:
     with serving(ns, tmp_path / "s", "--tap", "tap0") as server:
         with NetClient(tmp_path / "s", features=features) as nic, ns.port("tap0") as wire:

@@ -77,8 +77,15 @@ def check_under_load(server: Replaced, disk: BlkClient, times: int = UPGRADES) -
     disk.barrier()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("cache", ["writeback", "none"])
+@pytest.mark.parametrize(
+    ("cache", "layout"),
+    [
+        ("writeback", "split"),
+        ("none", "packed"),
+        pytest.param("writeback", "packed", marks=pytest.mark.long),
+        pytest.param("none", "split", marks=pytest.mark.long),
+    ],
+)
 def test_again_and_again_under_load(image: Path, layout: str, cache: str) -> None:
     with (
         serving("--cache", cache, "--iothreads", "2") as server,

@@ -95,7 +95,9 @@ async def test_the_power_button_is_an_event_for_the_guest(
         assert await guest.power_off() == Outcome(End.SHUTDOWN)
 
 
-@pytest.mark.parametrize("said", [b"", b"Linux version", pytest.param(b"GUEST READY", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "said", [b"", b"Linux version", pytest.param(b"GUEST READY", marks=pytest.mark.long)]
+)
 async def test_it_can_be_stopped_at_any_time(material: Material, said: bytes) -> None:
     config = config_of(material.cloud, words="loglevel=7", cpus=2)
     async with started(config) as guest:
