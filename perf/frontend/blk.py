@@ -53,8 +53,8 @@ class BlkFrontend(Connection):
     """A connection and `queues` rings of `queue_size`, each with room for `depth` requests.
 
     `features`, `protocol`: which to take, RING_PACKED among them for packed rings. `inflight`: the
-    back-end notes what is in flight. `rings`: as they were started. Raises PeerError where the peer
-    refuses, OSError where it is lost.
+    back-end notes what is in flight. `logged`: and which pages it writes. `rings`: as they were
+    started. Raises PeerError where the peer refuses, OSError where it is lost.
     """
 
     def __init__(
@@ -67,13 +67,16 @@ class BlkFrontend(Connection):
         features: int = RING_FEATURES,
         protocol: int = WANTED_PROTOCOL,
         inflight: bool = False,
+        logged: bool = False,
     ) -> None:
         super().__init__(path)
         try:
             flush = 1 << lib.VIRTIO_BLK_F_FLUSH
             multi = 1 << lib.VIRTIO_BLK_F_MQ if queues > 1 else 0
             noting = 1 << lib.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD if inflight else 0
-            self.negotiate(features | flush | multi, protocol | noting)
+            logging = 1 << lib.VHOST_USER_PROTOCOL_F_LOG_SHMFD if logged else 0
+            log_all = 1 << lib.VHOST_F_LOG_ALL if logged else 0
+            self.negotiate(features | flush | multi | log_all, protocol | noting | logging)
             self.capacity = self._capacity()
             slots = 1 if self.has(lib.VIRTIO_F_INDIRECT_DESC) else 3
             queue_size = max(128, 1 << (slots * depth - 1).bit_length())
@@ -82,6 +85,8 @@ class BlkFrontend(Connection):
             if inflight:
                 region, fd = self.frontend.get_inflight(queues, queue_size)
                 self.frontend.set_inflight(region, self.own(fd))
+            if logged:
+                self.log()
             self.rings = [self.start_ring(index, queue_size) for index in range(queues)]
             self._buffers = [self.place(room) for _ in self.rings]
             self.frontend.barrier()

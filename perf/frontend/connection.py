@@ -38,6 +38,7 @@ class Connection(Closing):
         self._end = 0
         self.map: mmap.mmap | None = None
         self.memory_size = 0
+        self.log_fd = -1
         self.frontend = Frontend.connect(path, patience=LEAVE_SECONDS)
 
     def own(self, fd: int) -> int:
@@ -74,6 +75,13 @@ class Connection(Closing):
         flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
         self.map = mmap.mmap(fd, size, flags=flags)
         self.frontend.set_memory([SharedRegion(0, size, USER_ADDR, 0, fd)])
+
+    def log(self) -> None:
+        """Gives the back-end a log of guest memory, the file `log_fd`."""
+        size = -(-self.memory_size // (8 * lib.VHOST_LOG_PAGE))
+        self.log_fd = self.own(os.memfd_create("perf-log", os.MFD_CLOEXEC))
+        os.ftruncate(self.log_fd, size)
+        self.frontend.set_log(size, self.log_fd)
 
     def place(self, size: int, align: int = PAGE) -> int:
         """The guest address of `size` bytes that nothing else uses."""

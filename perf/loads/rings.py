@@ -1,4 +1,5 @@
-"""One server spoken to in several manners: layouts of rings, with in-flight tracking and without.
+"""One server spoken to in several manners: layouts of rings, with in-flight tracking and without,
+with a dirty log and without.
 
 A manner goes by a server's name, so that manners are paired in one run as servers are.
 """
@@ -18,10 +19,11 @@ from perf.model import Place, Server, Target, Unsupported
 
 @dataclass(frozen=True)
 class Manner:
-    """Features of the ring, and whether what is in flight is noted."""
+    """Features of the ring, and whether is noted what is in flight, and which pages are written."""
 
     features: int = RING_FEATURES
     inflight: bool = False
+    logged: bool = False
 
 
 MANNERS: Mapping[str, Manner] = {
@@ -29,6 +31,8 @@ MANNERS: Mapping[str, Manner] = {
     "vdev-packed": Manner(RING_FEATURES | RING_PACKED),
     "vdev-inflight": Manner(inflight=True),
     "vdev-packed-inflight": Manner(RING_FEATURES | RING_PACKED, inflight=True),
+    "vdev-logged": Manner(logged=True),
+    "vdev-packed-logged": Manner(RING_FEATURES | RING_PACKED, logged=True),
 }
 
 
@@ -52,6 +56,7 @@ class Rings:
                 block_size=self.pattern.block_size,
                 features=manner.features,
                 inflight=manner.inflight,
+                logged=manner.logged,
             ) as frontend,
         ):
             if manner.features & RING_PACKED:

@@ -101,5 +101,8 @@ SERVERS = [
     Vdev("vdev"),
     Vdev("vdev-no-poll", poll_us=0),
     # The same, told apart by how the suite "rings" speaks to them.
-    *(Vdev(f"vdev-{manner}") for manner in ("packed", "inflight", "packed-inflight")),
+    *(
+        Vdev(f"vdev-{manner}")
+        for manner in ("packed", "inflight", "packed-inflight", "logged", "packed-logged")
+    ),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +61,22 @@ def test_what_is_in_flight_may_be_noted(disk: Path, ring: str) -> None:
         pattern = Pattern(write_percent=50, verify=True)
         outcome = frontend.run(pattern, requests=4000)
         assert (outcome.requests, outcome.errors, outcome.corrupt) == (4000, 0, 0)
+
+
+@pytest.mark.parametrize("ring", ["both", "packed_both"])
+def test_which_pages_are_written_may_be_noted(disk: Path, ring: str) -> None:
+    with BlkFrontend(disk, depth=4, block_size=4096, features=RINGS[ring], logged=True) as frontend:
+        assert frontend.has(lib.VHOST_F_LOG_ALL)
+        outcome = frontend.run(Pattern(depth=4), requests=200)
+        assert (outcome.requests, outcome.errors) == (200, 0)
+        (rings,) = frontend.rings
+        bits = os.pread(frontend.log_fd, 1 << 16, 0)
+        logged = [page for page in range(8 * len(bits)) if bits[page // 8] >> page % 8 & 1]
+        # What was read, and the part of the rings that the device writes.
+        packed = frontend.has(lib.VIRTIO_F_RING_PACKED)
+        assert (rings.desc // 4096 in logged) == packed
+        assert packed or rings.used // 4096 in logged
+        assert len([page for page in logged if page > rings.used // 4096]) >= 4
 
 
 @pytest.mark.parametrize("depth", [1, 256])

@@ -124,6 +124,10 @@ async def test_a_state_without_end(
 async def test_not_offered(tmp_path: Path, fd_count: FdCount) -> None:
     with FakeBackend(tmp_path / "s"), Frontend.connect(tmp_path / "s") as frontend:
         frontend.negotiate_protocol(PROTOCOL | STATE)
-        for transfer in (frontend.save_state, lambda: frontend.load_state(b"")):
+        for transfer in (
+            frontend.save_state,
+            lambda: frontend.load_state(b""),
+            lambda: frontend.set_log(4096, 0),
+        ):
             with pytest.raises(NotSupported):
                 transfer()

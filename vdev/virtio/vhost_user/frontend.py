@@ -26,10 +26,11 @@ from vdev.virtio.queue import QueueConfig, index_bits
 from vdev.virtio.vhost_user.channel import close_fds
 from vdev.virtio.vhost_user.codec import encode
 from vdev.virtio.vhost_user.exchange import Exchange
-from vdev.virtio.vhost_user.layout import check_size, place_ring
+from vdev.virtio.vhost_user.layout import F_LOG_USED, check_size, place_ring
 from vdev.virtio.vhost_user.payloads import (
     CONFIG,
     INFLIGHT,
+    LOG,
     MEMORY_TABLE,
     SINGLE_REGION,
     TRANSFER_STATE,
@@ -38,6 +39,7 @@ from vdev.virtio.vhost_user.payloads import (
     VRING_STATE,
     ConfigAccess,
     Inflight,
+    Log,
     MemoryRegion,
     TransferState,
     VringAddr,
@@ -60,6 +62,7 @@ _F_INFLIGHT: int = lib.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD
 _F_RESET_DEVICE: int = lib.VHOST_USER_PROTOCOL_F_RESET_DEVICE
 _F_DEVICE_STATE: int = lib.VHOST_USER_PROTOCOL_F_DEVICE_STATE
 _F_MEM_SLOTS: int = lib.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
+_F_LOG: int = lib.VHOST_USER_PROTOCOL_F_LOG_SHMFD
 _F_STATUS: int = lib.VHOST_USER_PROTOCOL_F_STATUS
 
 
@@ -309,6 +312,18 @@ class Frontend(Exchange):
         self._needs(_F_INFLIGHT, "does not note what is in flight")
         self.tell(lib.VHOST_USER_SET_INFLIGHT_FD, INFLIGHT.encode(region), [fd])
 
+    # The dirty log
+
+    def set_log(self, size: int, fd: int) -> None:
+        """Where the back-end sets a bit for each page of 4 KiB that it writes: `size` bytes of the
+        file `fd`, in place of the log before.
+
+        It does so while VHOST_F_LOG_ALL is among the features, for used rings too where it was when
+        they started.  Bit n % 8 of byte n / 8 is page n of guest memory.
+        """
+        self._needs(_F_LOG, "does not note what it writes")
+        self.ask(lib.VHOST_USER_SET_LOG_BASE, LOG.encode(Log(size, 0)), fds=[fd])
+
     # The device's state
 
     def save_state(self) -> bytes:
@@ -392,7 +407,8 @@ class Frontend(Exchange):
         desc, avail, used = (
             self._user_address(guest) for guest in (config.desc, config.avail, config.used)
         )
-        addresses = VringAddr(index, 0, desc, used, avail, 0)
+        logged = (F_LOG_USED, config.used) if self.has(lib.VHOST_F_LOG_ALL) else (0, 0)
+        addresses = VringAddr(index, logged[0], desc, used, avail, logged[1])
         place_ring([region.payload for region in self._regions], addresses, size, packed=packed)
         base = VringState(index, config.next_index)
         self.tell(lib.VHOST_USER_SET_VRING_NUM, VRING_STATE.encode(VringState(index, size)))
