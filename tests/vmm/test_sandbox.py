@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import pytest
 from vdev._native import lib
 from vdev.blk.image import open_image
 from vdev.errors import UserError
+from vdev.vmm import sandbox as sandbox_module
 from vdev.vmm.sandbox import (
     EXIT_CODE,
     FREE_UIDS,
@@ -365,6 +367,21 @@ def test_a_free_user_has_no_name_and_no_process() -> None:
     uid = free_uid()
     assert uid in FREE_UIDS
     assert user_ids(str(uid)) == (uid, uid)
+
+
+def test_a_user_of_a_process_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    users = FREE_UIDS[-2:]
+    monkeypatch.setattr(sandbox_module, "FREE_UIDS", users)
+    with contextlib.ExitStack() as stack:
+        for user in users:
+            process = stack.enter_context(
+                subprocess.Popen(["cat"], stdin=subprocess.PIPE, user=user)
+            )
+            stack.callback(process.kill)
+            if user == users[0]:
+                assert {free_uid() for _ in range(20)} == {users[1]}
+        with pytest.raises(UserError, match="every user from"):
+            free_uid()
 
 
 def test_the_host_is_described() -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import random
 import resource
 import socket
 import sys
@@ -43,6 +42,7 @@ FREE_UIDS = range(61184, 65520)
 
 _NAMESPACES = {"mount": 0x00020000, "uts": 0x04000000, "ipc": 0x08000000}
 _NEWUSER, _NEWNET = 0x10000000, 0x40000000
+_STATUS_HEAD = 1024  # bytes of a process's status (proc(5)): its users are the ninth line
 _WORKER_FLAGS = 0x4010  # PF_USER_WORKER, PF_IO_WORKER (include/linux/sched.h)
 
 
@@ -290,13 +290,23 @@ def free_uid() -> int:
     import pwd
 
     used = {entry.pw_uid for entry in pwd.getpwall()}
-    for status in Path("/proc").glob("[0-9]*/status"):
+    for process in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            used.update(int(n) for n in status.read_text().split("\nUid:")[1].split()[:4])
+            used.update(_uids(f"/proc/{process}/status"))
     free = [uid for uid in FREE_UIDS if uid not in used]
     if not free:
         raise UserError(f"every user from {FREE_UIDS.start} to {FREE_UIDS[-1]} is taken: name one")
-    return random.choice(free)
+    return free[int.from_bytes(os.urandom(8), "little") % len(free)]
+
+
+def _uids(status: str) -> list[int]:
+    """There may be thousands of processes: the least that tells, and not a file object for it."""
+    fd = os.open(status, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        text = os.read(fd, _STATUS_HEAD)
+    finally:
+        os.close(fd)
+    return [int(uid) for uid in text.split(b"\nUid:", 1)[1].split(b"\n", 1)[0].split()]
 
 
 def other_threads() -> list[str]:
