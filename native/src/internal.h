@@ -108,14 +108,25 @@ struct vhost_log {
     uint64_t size; /* bytes */
 };
 
+/* Bits of one byte of the log. */
+struct log_mark {
+    uint64_t at;
+    uint8_t bits;
+};
+
+enum { LOG_MARKS = 16 };
+
 struct vhost_queue;
 
 void log_ref(struct vhost_log *log);
 bool log_is_broken(const struct vhost_log *log);
-/* Sets the bits of [guest_addr, guest_addr + len), which the device has written, len > 0.  What
- * tells the driver of it comes afterwards.  These two need q->log; callers look first. */
+/* Notes that the device has written [guest_addr, guest_addr + len), len > 0.  What tells the driver
+ * of it comes after log_flush.  This and log_written need q->log; callers look first. */
 void log_mark(struct vhost_queue *q, uint64_t guest_addr, uint64_t len);
-/* The same for the first `len` bytes of buffers that were popped. */
+/* Sets the bits of what was noted; log_set: where a full barrier has followed what was written. */
+void log_flush(struct vhost_queue *q);
+void log_set(struct vhost_queue *q);
+/* log_mark of the first `len` bytes of buffers that were popped. */
 void log_written(struct vhost_queue *q, const struct iovec *iov, uint32_t n, uint64_t len);
 
 /* ---- inflight.c ---- */
@@ -247,10 +258,12 @@ struct vhost_queue {
     uint32_t memory_hint;
     uint32_t faults_seen; /* of memory_faults */
     uint32_t log_hint;
-    struct vhost_log *log;   /* NULL: nothing is logged */
-    uint64_t log_used;       /* where the used ring is logged, or UINT64_MAX */
-    struct tracker *tracker; /* NULL: nobody notes what is in flight */
-    struct order *order;     /* NULL: chains are used in any order */
+    uint32_t num_marks;
+    struct log_mark marks[LOG_MARKS]; /* noted, not set yet */
+    struct vhost_log *log;            /* NULL: nothing is logged */
+    uint64_t log_used;                /* where the used ring is logged, or UINT64_MAX */
+    struct tracker *tracker;          /* NULL: nobody notes what is in flight */
+    struct order *order;              /* NULL: chains are used in any order */
     struct vhost_device *device;
     const struct device_ops *ops;
     struct vhost_stats *stats;

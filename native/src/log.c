@@ -12,6 +12,13 @@
  * used index before the bit would show the driver, and whoever stops it, data that is in no log.
  * The used ring itself is data in this sense: its bits follow the index.
  *
+ * An atomic write for each page would wait for the data's stores each time.  So what was written is
+ * noted (q->marks), bits of one byte together; right before the used index comes one full barrier
+ * for the batch, and bits that are set by then, as most are, need no more than a look.  The used
+ * ring's go by the barrier that publishing has anyway.  Nothing is noted any more when a queue
+ * answers to control: whoever has stopped it, or given it another log, finds all in the one that
+ * it was written under.
+ *
  * A log may lie in a file of the front-end.  It is mapped as guest memory is, so that one that is
  * cut short is noticed as guest memory is; and no address is logged without being checked.
  */
@@ -98,6 +105,35 @@ bool log_is_broken(const struct vhost_log *log)
     return log && log->region && atomic_load(&log->region->broken);
 }
 
+void log_set(struct vhost_queue *q)
+{
+    for (uint32_t i = 0; i < q->num_marks; i++) {
+        const struct log_mark *mark = &q->marks[i];
+        uint8_t *byte = &q->log->bits[mark->at];
+        /* One that is taken after this look is taken after the write that it stands for, too. */
+        if ((__atomic_load_n(byte, __ATOMIC_RELAXED) & mark->bits) != mark->bits)
+            __atomic_fetch_or(byte, mark->bits, __ATOMIC_RELEASE);
+    }
+    q->num_marks = 0;
+}
+
+void log_flush(struct vhost_queue *q)
+{
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    log_set(q);
+}
+
+static void note(struct vhost_queue *q, uint64_t at, uint8_t bits)
+{
+    if (q->num_marks && q->marks[q->num_marks - 1].at == at) {
+        q->marks[q->num_marks - 1].bits |= bits;
+        return;
+    }
+    if (q->num_marks == LOG_MARKS)
+        log_flush(q);
+    q->marks[q->num_marks++] = (struct log_mark){.at = at, .bits = bits};
+}
+
 void log_mark(struct vhost_queue *q, uint64_t guest_addr, uint64_t len)
 {
     struct vhost_log *log = q->log;
@@ -109,9 +145,7 @@ void log_mark(struct vhost_queue *q, uint64_t guest_addr, uint64_t len)
     }
     for (uint64_t at = first / 8; at <= last / 8; at++) {
         unsigned from = at == first / 8 ? first % 8 : 0, to = at == last / 8 ? last % 8 : 7;
-        /* Release: what was written there comes before the bit that tells of it. */
-        __atomic_fetch_or(&log->bits[at], (uint8_t)((0xff << from) & (0xff >> (7 - to))),
-                          __ATOMIC_RELEASE);
+        note(q, at, (uint8_t)((0xff << from) & (0xff >> (7 - to))));
     }
 }
 

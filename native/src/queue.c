@@ -281,6 +281,7 @@ static void answer(struct queue_message *m, int result, uint64_t value)
     struct vhost_event event = {
         .kind = VHOST_EVENT_DONE, .token = m->token, .result = result, .value = value};
 
+    log_flush(q);
     if (!q->thread)
         atomic_store(&q->home, NULL);
     free(m);
@@ -392,6 +393,7 @@ void queue_handle(struct queue_message *m)
         break;
     case QUEUE_LOG:
         /* Without a drain: each request is logged when it completes, wherever it began. */
+        log_flush(q);
         vhost_log_unref(q->log);
         q->log = m->log;
         q->log_used = m->log_used;

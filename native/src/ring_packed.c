@@ -116,6 +116,8 @@ static void packed_show(struct vhost_queue *q)
 
     if (!r->unshown)
         return;
+    if (unlikely(q->num_marks))
+        log_flush(q);
     /* Release: the buffers, and the descriptors behind this one, come before it. */
     __atomic_store_n(&r->slot[r->first].flags, r->first_flags, __ATOMIC_RELEASE);
     if (unlikely(q->log))
@@ -153,11 +155,16 @@ static void packed_publish(struct vhost_queue *q)
     packed_show(q);
     uint32_t n = r->uncalled;
     r->uncalled = 0;
-    if (q->call_fd < 0)
+    if (q->call_fd < 0) {
+        if (unlikely(q->num_marks))
+            log_flush(q);
         return;
+    }
     /* The driver writes its wish, then looks at the ring; we write to the ring, then read its wish:
      * both sides need the full barrier, or both may miss the other. */
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    if (unlikely(q->num_marks))
+        log_set(q);
     ring_call(q, wants_call(q, n));
 }
 
@@ -185,6 +192,8 @@ static bool packed_arm(struct vhost_queue *q)
         set_wish(q, 0, VRING_PACKED_EVENT_FLAG_ENABLE);
     /* As in packed_publish, the other way round: wish first, then look. */
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    if (unlikely(q->num_marks))
+        log_set(q);
     return is_available(&r->offered[r->next_avail], r->avail_bits);
 }
 

@@ -94,6 +94,8 @@ static cold_path void log_shown(struct vhost_queue *q)
 
 static void split_show(struct vhost_queue *q)
 {
+    if (unlikely(q->num_marks))
+        log_flush(q);
     /* Release: the elements and the buffers they tell of come before idx. */
     __atomic_store_n(&q->ring.used[RING_IDX], q->ring.used_idx, __ATOMIC_RELEASE);
     if (unlikely(q->log))
@@ -108,11 +110,16 @@ static void split_publish(struct vhost_queue *q)
     split_show(q);
     uint16_t old = r->called_idx, now = r->used_idx;
     r->called_idx = now;
-    if (q->call_fd < 0)
+    if (q->call_fd < 0) {
+        if (unlikely(q->num_marks))
+            log_flush(q);
         return;
+    }
     /* The driver writes its wish, then reads idx; we write idx, then read its wish: both sides
      * need the full barrier, or both may miss the other (sections 2.7.7.1 and 2.7.10). */
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    if (unlikely(q->num_marks))
+        log_set(q);
     if (r->event_idx) {
         uint16_t event = load16(used_event(r), __ATOMIC_RELAXED);
         wanted = (uint16_t)(now - event - 1) < (uint16_t)(now - old);
@@ -142,6 +149,8 @@ static bool split_arm(struct vhost_queue *q)
         log_used(q, wish, sizeof(*wish));
     /* As in ring_publish, the other way round: wish first, then look. */
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    if (unlikely(q->num_marks))
+        log_set(q);
     return load16(&r->avail[RING_IDX], __ATOMIC_RELAXED) != r->next_avail;
 }
 

@@ -14,6 +14,7 @@ from tests.lab.qemu import GuestError
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
+@pytest.mark.long
 async def test_a_second_guest_finds_what_the_first_one_left(lab: Lab, networking: None) -> None:
     root = lab.blk("second-root", await lab.root_image())
     wire = await lab.network()

@@ -71,6 +71,7 @@ async def _unplug(guest: Guest, name: str) -> None:
     await guest.monitor.execute("object-del", id=f"{name}-ram")
 
 
+@pytest.mark.long
 async def test_memory_comes_and_goes_under_load(lab: Lab, networking: None) -> None:
     root = lab.blk("plug-root", await lab.root_image())
     load = lab.blk("plug-load", lab.blank("plug-load", LOAD_MIB << 20))

@@ -170,6 +170,7 @@ def test_a_stream_comes_back_whole(name: str) -> None:
 
 
 @pytest.mark.usefixtures("guests")
+@pytest.mark.long
 def test_a_server_killed_in_a_window_is_reported_and_nothing_is_left() -> None:
     with attached(READ, "vdev") as target:
         assert isinstance(target, GuestTarget)
@@ -196,6 +197,7 @@ def test_an_interrupt_in_a_window_leaves_nothing() -> None:
 
 
 @pytest.mark.usefixtures("networks")
+@pytest.mark.long
 def test_a_server_that_hangs_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     with attached(NetGuest(partial(Tcp, reverse=True)), "vdev") as target:
         monkeypatch.setattr("perf.guest.target.START_SECONDS", 1.0)

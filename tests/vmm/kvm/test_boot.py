@@ -17,7 +17,7 @@ SHAPES = [
     pytest.param("generic", False, "mmio", "virtio", 2, 3072, marks=pytest.mark.long),
     ("generic", True, "pci", "virtio", 4, 6144),
     pytest.param("cloud", False, "mmio", "serial", 4, 5120, marks=pytest.mark.long),
-    ("cloud", False, "pci", "virtio", 2, 3074),
+    pytest.param("cloud", False, "pci", "virtio", 2, 3074, marks=pytest.mark.long),
     ("cloud", True, "mmio", "serial", 1, 96),
 ]
 

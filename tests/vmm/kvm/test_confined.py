@@ -152,6 +152,7 @@ def status(pid: int, task: int) -> dict[str, str]:
     return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
+@pytest.mark.long
 def test_a_guests_whole_life(
     configure: Callable[..., str], run: Callable[..., Running], tmp_path: Path
 ) -> None:

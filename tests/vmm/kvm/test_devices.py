@@ -21,10 +21,8 @@ from vdev.vmm.api import State
 from vdev.vmm.config import DiskConfig, NicConfig, ShareConfig, VhostUserConfig
 
 
-@pytest.mark.parametrize(
-    ("console", "flood"),
-    [pytest.param("serial", 100_000, marks=pytest.mark.long), ("virtio", 1_500_000)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("console", "flood"), [("serial", 100_000), ("virtio", 1_500_000)])
 async def test_the_console_carries_bytes_unharmed(
     material: Material, console: str, flood: int
 ) -> None:
@@ -218,9 +216,8 @@ async def test_a_folder_is_shared(material: Material, tmp_path: Path, transport:
             await guest.reset()
 
 
-@pytest.mark.parametrize(
-    "backend", ["vdev", pytest.param("qemu-storage-daemon", marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("backend", ["vdev", "qemu-storage-daemon"])
 async def test_disks_of_other_processes(material: Material, tmp_path: Path, backend: str) -> None:
     image, socket = tmp_path / "image", tmp_path / "socket"
     image.write_bytes(bytes(32 * MIB))

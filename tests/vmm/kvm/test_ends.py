@@ -21,6 +21,7 @@ echo $((n + 1)) | dd of=/dev/vda bs=512 conv=sync,notrunc oflag=direct 2>/dev/nu
 """
 
 
+@pytest.mark.long
 async def test_a_guest_reboots_twenty_times(material: Material, tmp_path: Path) -> None:
     """Each boot finds what the one before wrote, and all devices anew."""
     disk = tmp_path / "disk"
@@ -96,7 +97,12 @@ async def test_the_power_button_is_an_event_for_the_guest(
 
 
 @pytest.mark.parametrize(
-    "said", [b"", b"Linux version", pytest.param(b"GUEST READY", marks=pytest.mark.long)]
+    "said",
+    [
+        b"",
+        pytest.param(b"Linux version", marks=pytest.mark.long),
+        pytest.param(b"GUEST READY", marks=pytest.mark.long),
+    ],
 )
 async def test_it_can_be_stopped_at_any_time(material: Material, said: bytes) -> None:
     config = config_of(material.cloud, words="loglevel=7", cpus=2)

@@ -25,6 +25,7 @@ def differences(one: Path, other: Path) -> list[int]:
         return [at for at in pages if a.read(_BLOCK) != b.read(_BLOCK)]
 
 
+@pytest.mark.long
 async def test_nothing_that_was_written_is_missing(material: Material, tmp_path: Path) -> None:
     """vCPUs and devices write between two snapshots; the second, read from the log of what was
     written, is compared with all of RAM, byte for byte, and goes on."""

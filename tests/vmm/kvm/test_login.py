@@ -19,10 +19,8 @@ from vdev.vmm.config import DiskConfig
 _PROMPT = b"root@guest:~# "
 
 
-@pytest.mark.parametrize(
-    ("flavour", "transport"),
-    [("generic", "pci"), pytest.param("cloud", "mmio", marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("flavour", "transport"), [("generic", "pci"), ("cloud", "mmio")])
 async def test_root_logs_in_on_the_console(
     material: Material, tools: Path, tmp_path: Path, flavour: str, transport: str
 ) -> None:

@@ -68,6 +68,7 @@ async def test_many_disks_at_once_fill_the_slots(material: Material) -> None:
         assert await guest.sh("ls -d /sys/block/vd* | wc -l") == "30\n"
 
 
+@pytest.mark.long
 async def test_a_disk_that_goes_under_load_takes_nothing_along(
     material: Material, tmp_path: Path
 ) -> None:
@@ -96,6 +97,7 @@ async def test_a_disk_that_goes_under_load_takes_nothing_along(
         await guest.sh("dd if=/dev/vdb of=/dev/null bs=1M count=4")
 
 
+@pytest.mark.long
 async def test_with_mmio_nothing_can_be_plugged(material: Material) -> None:
     async with booted(config_of(material.cloud, transport="mmio")) as guest:
         with pytest.raises(UserError, match="MMIO"):

@@ -308,6 +308,7 @@ def mapped(file: Path, field: str) -> int:
     return found
 
 
+@pytest.mark.long
 async def test_two_clones_live_side_by_side(taken: Taken, tmp_path: Path) -> None:
     snapshot = read(str(taken.directory))
     configs = [

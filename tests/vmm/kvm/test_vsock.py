@@ -41,10 +41,8 @@ async def _converse(path: Path, port: int, data: bytes) -> bytes:
         writer.close()
 
 
-@pytest.mark.parametrize(
-    ("flavour", "transport"),
-    [("generic", "pci"), pytest.param("cloud", "mmio", marks=pytest.mark.long)],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("flavour", "transport"), [("generic", "pci"), ("cloud", "mmio")])
 async def test_streams_go_both_ways(
     material: Material, tools: Path, tmp_path: Path, flavour: str, transport: str
 ) -> None:
