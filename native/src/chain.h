@@ -48,18 +48,27 @@ struct gathered {
     bool writable; /* from now on; what was readable is counted */
 };
 
+/* Not a fault, but among those of a walk: the view has no translation, see view.c. */
+#define CHAIN_LACKS ((enum vhost_fault)0xff)
+
+/* Breaks the ring, or has it wait. */
+void chain_fail(struct vhost_queue *q, enum vhost_fault fault);
+/* What it is that an address is not in memory. */
+enum vhost_fault chain_absent(const struct vhost_queue *q);
+
 /* Adds a buffer that does not lie in one region: over adjacent ones it becomes several iovecs.
  * Returns how many there are now, or a fault as a negative number.  Kept out of the walk, which
  * then has its counts in registers. */
-int chain_add_split(struct vhost_queue *q, uint64_t addr, uint32_t len, uint32_t iovs);
+int chain_add_split(struct vhost_queue *q, uint64_t addr, uint32_t len, uint32_t iovs, bool write);
 
 /* Translates a buffer whole.  Returns as chain_add_split does. */
-static inline int chain_translate(struct vhost_queue *q, uint64_t addr, uint32_t len, uint32_t iovs)
+static inline int chain_translate(struct vhost_queue *q, uint64_t addr, uint32_t len, uint32_t iovs,
+                                  bool write)
 {
     struct vhost_region *r = memory_find(q->memory, addr, &q->memory_hint);
 
     if (unlikely(!r || iovs == q->iov_max || len > r->size - (addr - r->guest_addr)))
-        return chain_add_split(q, addr, len, iovs);
+        return chain_add_split(q, addr, len, iovs, write);
     q->iov[iovs].iov_base = r->host + (addr - r->guest_addr);
     q->iov[iovs].iov_len = len;
     return (int)iovs + 1;
@@ -79,7 +88,7 @@ static inline enum vhost_fault chain_add(struct vhost_queue *q, struct gathered 
         g->writable = true;
     }
     g->len += len;
-    int now = chain_translate(q, addr, len, g->iovs);
+    int now = chain_translate(q, addr, len, g->iovs, writable);
     if (unlikely(now < 0))
         return (enum vhost_fault) - now;
     g->iovs = (uint32_t)now;
@@ -102,7 +111,7 @@ static inline enum vhost_fault chain_end(struct vhost_queue *q, const struct gat
     return VHOST_FAULT_NONE;
 }
 
-/* The copy of an indirect table that straddles regions, in q->table; NULL: not in memory. */
+/* An indirect table that does not lie in one region: from a view, or a copy in q->table. */
 const void *chain_copy_table(struct vhost_queue *q, uint64_t addr, uint32_t len);
 
 /* The host address of an indirect table, or NULL. */
@@ -135,7 +144,11 @@ static inline void ring_call(struct vhost_queue *q, bool wanted)
  * for the ring.  See log.c for the order. */
 static inline void ring_log(struct vhost_queue *q, uint64_t base, uint64_t offset, uint64_t len)
 {
-    if (q->log_used != UINT64_MAX)
+    if (q->log_used == UINT64_MAX)
+        return;
+    if (q->memory->behind)
+        view_log(q, base + offset, len);
+    else
         log_mark(q, base + offset, len);
 }
 

@@ -68,7 +68,7 @@ static inline enum vhost_fault packed_walk_table(struct vhost_queue *q, struct g
         return VHOST_FAULT_CHAIN_LENGTH;
     const struct vring_packed_desc *table = chain_table(q, addr, len);
     if (unlikely(!table))
-        return VHOST_FAULT_ADDRESS;
+        return chain_absent(q);
     for (uint32_t i = 0; i < entries; i++) {
         struct desc d = desc_read(&table[i]);
         if (unlikely(d.high & VRING_DESC_F_INDIRECT))
@@ -127,7 +127,7 @@ static inline bool packed_pop(struct vhost_queue *q, struct chain *chain)
         return false;
     enum vhost_fault fault = packed_walk(q, chain, &len);
     if (unlikely(fault)) {
-        queue_break(q, fault);
+        chain_fail(q, fault);
         return false;
     }
     q->lengths[chain->head] = len;

@@ -29,9 +29,9 @@ static int split_map(struct vhost_queue *q)
     /* Alignment: virtio 1.3, section 2.7, table "virtqueue part". */
     if (q->desc_addr % 16 || q->avail_addr % 2 || q->used_addr % 4)
         return -EINVAL;
-    void *desc = vhost_memory_translate(q->memory, q->desc_addr, 16 * n);
-    void *avail = vhost_memory_translate(q->memory, q->avail_addr, 6 + 2 * n);
-    void *used = vhost_memory_translate(q->memory, q->used_addr, 6 + 8 * n);
+    void *desc = ring_part(q, AREA_DESC, q->desc_addr, 16 * n, VHOST_ACCESS_READ);
+    void *avail = ring_part(q, AREA_AVAIL, q->avail_addr, 6 + 2 * n, VHOST_ACCESS_READ);
+    void *used = ring_part(q, AREA_USED, q->used_addr, 6 + 8 * n, VHOST_ACCESS_WRITE);
     if (!desc || !avail || !used)
         return -EFAULT;
     /* A region may start at any offset of its file; the host address must be aligned as well. */

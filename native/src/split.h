@@ -26,7 +26,7 @@ static inline enum vhost_fault split_walk(struct vhost_queue *q, uint16_t head, 
                 return VHOST_FAULT_INDIRECT;
             table = chain_table(q, d.addr, d.len);
             if (!table)
-                return VHOST_FAULT_ADDRESS;
+                return chain_absent(q);
             table_len = d.len / sizeof(struct vring_desc);
             limit = q->chain_max;
             nested = true;
@@ -63,7 +63,7 @@ static inline bool split_pop(struct vhost_queue *q, struct chain *chain)
         fault = split_walk(q, head, chain);
     }
     if (unlikely(fault)) {
-        queue_break(q, fault);
+        chain_fail(q, fault);
         return false;
     }
     q->busy[head / 64] |= UINT64_C(1) << (head % 64);
