@@ -31,7 +31,7 @@ async def test_a_peer_that_never_reads(fd_count: FdCount) -> None:
         channel = BackendChannel(theirs.detach(), LOG)
         try:
             told = 0
-            while not channel._changed:
+            while not channel._waiting:
                 channel.config_changed()
                 told += 1
             for _ in range(1000):

@@ -40,6 +40,7 @@ async def test_nothing_of_a_session_is_left_out() -> None:
         *("device", "session", "vrings", "_log"),
         *("_regions", "_region_fds", "_memory", "_dirty", "_dirty_fd"),
         *("_inflight", "_inflight_fd", "_channel"),
+        "_view",  # made from the session's translations
         "_transfer",  # while there is one, it does not move
     }
 
