@@ -48,35 +48,30 @@ struct gathered {
     bool writable; /* from now on; what was readable is counted */
 };
 
-/* Not a fault, but among those of a walk: the view has no translation, see view.c. */
-#define CHAIN_LACKS ((enum vhost_fault)0xff)
-
-/* Breaks the ring, or has it wait. */
-void chain_fail(struct vhost_queue *q, enum vhost_fault fault);
-/* What it is that an address is not in memory. */
-enum vhost_fault chain_absent(const struct vhost_queue *q);
-
 /* Adds a buffer that does not lie in one region: over adjacent ones it becomes several iovecs.
  * Returns how many there are now, or a fault as a negative number.  Kept out of the walk, which
  * then has its counts in registers. */
-int chain_add_split(struct vhost_queue *q, uint64_t addr, uint32_t len, uint32_t iovs, bool write);
+int chain_add_split(struct vhost_queue *q, uint64_t addr, uint32_t len, uint32_t iovs);
 
 /* Translates a buffer whole.  Returns as chain_add_split does. */
-static inline int chain_translate(struct vhost_queue *q, uint64_t addr, uint32_t len, uint32_t iovs,
-                                  bool write)
+static inline int chain_translate(struct vhost_queue *q, uint64_t addr, uint32_t len, uint32_t iovs)
 {
     struct vhost_region *r = memory_find(q->memory, addr, &q->memory_hint);
 
     if (unlikely(!r || iovs == q->iov_max || len > r->size - (addr - r->guest_addr)))
-        return chain_add_split(q, addr, len, iovs, write);
+        return chain_add_split(q, addr, len, iovs);
     q->iov[iovs].iov_base = r->host + (addr - r->guest_addr);
     q->iov[iovs].iov_len = len;
     return (int)iovs + 1;
 }
 
+/* What a walk looks for buffers in.  It is known where a walk is compiled: the one in a view has to
+ * tell what a buffer is for, and that costs the other one registers. */
+enum walk { WALK_MEMORY, WALK_VIEW };
+
 /* Adds the buffer that a descriptor names (virtio 1.3, sections 2.7.4.2 and 2.8.8). */
 static inline enum vhost_fault chain_add(struct vhost_queue *q, struct gathered *g, uint64_t addr,
-                                         uint32_t len, bool writable)
+                                         uint32_t len, bool writable, enum walk walk)
 {
     if (unlikely(len == 0))
         return VHOST_FAULT_LENGTH;
@@ -88,7 +83,8 @@ static inline enum vhost_fault chain_add(struct vhost_queue *q, struct gathered 
         g->writable = true;
     }
     g->len += len;
-    int now = chain_translate(q, addr, len, g->iovs, writable);
+    int now = walk == WALK_VIEW ? view_add(q, addr, len, g->iovs, writable)
+                                : chain_translate(q, addr, len, g->iovs);
     if (unlikely(now < 0))
         return (enum vhost_fault) - now;
     g->iovs = (uint32_t)now;
@@ -111,17 +107,29 @@ static inline enum vhost_fault chain_end(struct vhost_queue *q, const struct gat
     return VHOST_FAULT_NONE;
 }
 
-/* An indirect table that does not lie in one region: from a view, or a copy in q->table. */
+/* The copy of an indirect table that straddles regions, in q->table; NULL: not in memory. */
 const void *chain_copy_table(struct vhost_queue *q, uint64_t addr, uint32_t len);
 
 /* The host address of an indirect table, or NULL. */
-static inline const void *chain_table(struct vhost_queue *q, uint64_t addr, uint32_t len)
+static inline const void *chain_table(struct vhost_queue *q, uint64_t addr, uint32_t len,
+                                      enum walk walk)
 {
+    if (walk == WALK_VIEW)
+        return view_table(q, addr, len);
     const struct vhost_region *whole = memory_find(q->memory, addr, &q->memory_hint);
 
     if (likely(whole && len <= whole->size - (addr - whole->guest_addr)))
         return whole->host + (addr - whole->guest_addr);
     return chain_copy_table(q, addr, len);
+}
+
+/* The walk cannot go on. */
+static inline void chain_fail(struct vhost_queue *q, enum vhost_fault fault, enum walk walk)
+{
+    if (walk == WALK_VIEW && q->lacks)
+        queue_wait_for_view(q);
+    else
+        queue_break(q, fault);
 }
 
 /* An eventfd whose counter is full would block us: its owner does not look, so skip the call. */

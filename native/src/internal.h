@@ -122,6 +122,10 @@ char *view_find(const struct vhost_memory *view, uint64_t iova, unsigned access,
  * such an access. */
 void *ring_part(struct vhost_queue *q, enum ring_area area, uint64_t addr, uint64_t size,
                 unsigned access);
+/* chain_add_split and chain_table (chain.h) of queues in a view, for buffers to be written or not.
+ * Where something is lacking they note that (q->lacks), and what they return does not count. */
+int view_add(struct vhost_queue *q, uint64_t addr, uint32_t len, uint32_t iovs, bool write);
+const void *view_table(struct vhost_queue *q, uint64_t addr, uint32_t len);
 /* True if memory that was mapped for the ring alone went away. */
 bool ring_is_broken(const struct vhost_queue *q);
 /* log_mark of what lies at an IOVA of a queue's view. */
@@ -180,6 +184,7 @@ struct ring_layout {
     uint32_t (*next_index)(const struct vhost_queue *q);
     uint32_t (*pending)(struct vhost_queue *q);
     bool (*pop)(struct vhost_queue *q, struct chain *chain);
+    bool (*pop_in_view)(struct vhost_queue *q, struct chain *chain); /* pop, of queues in a view */
     void (*unpop)(struct vhost_queue *q, uint16_t head);
     void (*push)(struct vhost_queue *q, uint16_t head, uint32_t len);
     /* IN_ORDER: a push of which the one before, not shown yet, tells as well; or NULL. */
@@ -287,14 +292,13 @@ struct vhost_queue {
     uint32_t in_flight; /* popped and not yet pushed */
 
     bool enabled;
-    bool broken;
-    bool blocked;  /* broken, or waiting for what its view of memory lacks: */
-    uint8_t lacks; /* enum vhost_access, or 0 ... */
-    uint64_t lacks_addr;
+    bool blocked;  /* broken, or waiting for another view of memory */
     bool polling;  /* in the iothread's polling set, notifications off */
     bool dirty;    /* pushed since the last publish */
     bool leaving;  /* it is being suspended: chains may stay in flight */
     bool no_kicks; /* the device waits for something else: sleep with notifications off */
+    bool broken;
+    uint8_t lacks; /* what its view lacks (enum vhost_access), at lacks_addr; 0: nothing */
     int kick_fd, call_fd, err_fd;
     bool call_blocks;   /* call_fd lacks O_NONBLOCK */
     uint64_t active_ns; /* when it last had work */
@@ -308,6 +312,7 @@ struct vhost_queue {
 
     uint64_t token;
     uint64_t desc_addr, avail_addr, used_addr;
+    uint64_t lacks_addr;
     struct vhost_region *joined[AREAS]; /* of a ring in pieces */
     struct iovec *iov;                  /* scratch of ring_pop */
     uint32_t iov_max;

@@ -62,6 +62,8 @@ static void log_used_at(struct vhost_queue *q, uint64_t addr)
 
 static int queue_init(struct vhost_queue *q, const struct vhost_queue_config *config)
 {
+    if (q->memory->behind)
+        q->ring.layout.pop = q->ring.layout.pop_in_view;
     int err = ring_map(q);
     if (err < 0)
         return err;

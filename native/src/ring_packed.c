@@ -191,12 +191,23 @@ static bool packed_arm(struct vhost_queue *q)
     return is_available(&r->offered[r->next_avail], r->avail_bits);
 }
 
+static bool packed_pop(struct vhost_queue *q, struct chain *chain)
+{
+    return packed_take(q, chain, WALK_MEMORY);
+}
+
+static bool packed_pop_in_view(struct vhost_queue *q, struct chain *chain)
+{
+    return packed_take(q, chain, WALK_VIEW);
+}
+
 const struct ring_layout ring_packed = {
     .map = packed_map,
     .resume = packed_resume,
     .next_index = packed_next_index,
     .pending = packed_pending,
     .pop = packed_pop,
+    .pop_in_view = packed_pop_in_view,
     .unpop = packed_unpop,
     .push = packed_push,
     .join = packed_join,

@@ -150,12 +150,23 @@ static uint32_t split_next_index(const struct vhost_queue *q)
     return q->ring.next_avail;
 }
 
+static bool split_pop(struct vhost_queue *q, struct chain *chain)
+{
+    return split_take(q, chain, WALK_MEMORY);
+}
+
+static bool split_pop_in_view(struct vhost_queue *q, struct chain *chain)
+{
+    return split_take(q, chain, WALK_VIEW);
+}
+
 const struct ring_layout ring_split = {
     .map = split_map,
     .resume = split_resume,
     .next_index = split_next_index,
     .pending = split_pending,
     .pop = split_pop,
+    .pop_in_view = split_pop_in_view,
     .unpop = split_unpop,
     .push = split_push,
     .show = split_show,

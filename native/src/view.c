@@ -2,10 +2,9 @@
  * Views: what an IOMMU shows a device of guest memory.
  *
  * A view is a table of memory like any other to those who hold it: it never changes, and a queue
- * goes over from one to the next.  It has no regions of its own, so the lookup of the hot path
- * finds nothing there, and the path behind it (chain.c) asks the view instead, with the access that
- * is wanted.  What a translation is found to lie in is the memory behind the view, whose regions it
- * keeps, and whose guest addresses are logged.
+ * goes over from one to the next.  It has no regions of its own; queues in views walk their chains
+ * by functions of their own (`pop_in_view`), which say for what access they look.  What they find
+ * lies in the memory behind the view, whose regions it keeps, and whose guest addresses are logged.
  *
  * A ring may be in pieces, as its driver allocated it page by page.  A queue needs each of its
  * areas in one, so they are mapped once more, side by side.
@@ -16,6 +15,7 @@
 #include "internal.h"
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
 
 /* Of the largest area, in pages that it need not begin with. */
 enum { PIECES_MAX = VIRTQUEUE_MAX_SIZE * 16 / 4096 + 1 };
@@ -100,6 +100,60 @@ char *view_find(const struct vhost_memory *view, uint64_t iova, unsigned access,
     *room = t->size - (iova - t->iova);
     return t->host + (iova - t->iova);
 }
+
+/* ---- chains ---- */
+
+/* As view_find; notes what is lacking. */
+static char *find(struct vhost_queue *q, uint64_t iova, uint8_t access, uint64_t *room)
+{
+    char *host = view_find(q->memory, iova, access, &q->memory_hint, room);
+
+    if (!host) {
+        q->lacks = access;
+        q->lacks_addr = iova;
+    }
+    return host;
+}
+
+int view_add(struct vhost_queue *q, uint64_t addr, uint32_t len, uint32_t iovs, bool write)
+{
+    uint8_t access = write ? VHOST_ACCESS_WRITE : VHOST_ACCESS_READ;
+    uint64_t room;
+
+    /* What wraps is nowhere; a front-end would be asked for it for ever. */
+    if (addr > UINT64_MAX - len)
+        return -VHOST_FAULT_ADDRESS;
+    for (; len; addr += room, len -= (uint32_t)room) {
+        char *host = find(q, addr, access, &room);
+        if (!host)
+            return -VHOST_FAULT_ADDRESS;
+        if (iovs == q->iov_max)
+            return -VHOST_FAULT_CHAIN_LENGTH;
+        room = room < len ? room : len;
+        q->iov[iovs++] = (struct iovec){.iov_base = host, .iov_len = room};
+    }
+    return (int)iovs;
+}
+
+const void *view_table(struct vhost_queue *q, uint64_t addr, uint32_t len)
+{
+    uint64_t room;
+
+    if (addr > UINT64_MAX - len)
+        return NULL;
+    for (uint32_t done = 0; done < len; done += (uint32_t)room) {
+        const char *host = find(q, addr + done, VHOST_ACCESS_READ, &room);
+        if (!host || (done == 0 && len <= room))
+            return host;
+        if (len > q->chain_max * sizeof(struct vring_desc))
+            return NULL;
+        room = room < len - done ? room : len - done;
+        memcpy((char *)q->table + done, host, room);
+    }
+    return q->table;
+}
+
+/* ---- rings ---- */
 
 /* The pieces of memory that [iova, iova + size) is; returns how many, or 0: some of it is lacking,
  * or there are more pieces than `max`. */
