@@ -315,7 +315,7 @@ static int tracked_map(struct vhost_queue *q)
 
 /* Returns the first entry of the chain of `n` descriptors that was popped at this place.  They are
  * read once more; the next server checks what it finds as it checks any chain. */
-static uint16_t note(struct vhost_queue *q, struct tracker *t, uint16_t at, uint32_t n)
+compiled_apart uint16_t note(struct vhost_queue *q, struct tracker *t, uint16_t at, uint32_t n)
 {
     uint16_t first = t->packed.free_head, entry = first, last = first, *next = t->packed.next;
     struct vhost_user_inflight_desc *desc = t->packed.desc;
@@ -356,7 +356,7 @@ static uint16_t popped_again(struct vhost_queue *q, struct tracker *t, uint32_t 
     return first;
 }
 
-static inline bool tracked_take(struct vhost_queue *q, struct chain *chain, enum walk walk)
+compiled_apart bool tracked_take(struct vhost_queue *q, struct chain *chain, enum walk walk)
 {
     struct tracker *t = q->tracker;
     uint16_t at = q->ring.next_avail;

@@ -80,9 +80,12 @@ static inline enum vhost_fault packed_walk_table(struct vhost_queue *q, struct g
     return VHOST_FAULT_NONE;
 }
 
+/* Of the two walks each has all in one function, which the compiler would divide to share parts. */
+#define compiled_apart static inline __attribute__((always_inline))
+
 /* Walks the chain at next_avail into q->iov; *len descriptors of the ring. */
-static inline enum vhost_fault packed_walk(struct vhost_queue *q, struct chain *c, uint16_t *len,
-                                           enum walk walk)
+compiled_apart enum vhost_fault packed_walk(struct vhost_queue *q, struct chain *c, uint16_t *len,
+                                            enum walk walk)
 {
     const struct ring *r = &q->ring;
     /* What is in flight is not the driver's to make available once more. */
@@ -119,7 +122,7 @@ static inline enum vhost_fault packed_walk(struct vhost_queue *q, struct chain *
     return chain_end(q, &g, seen, c);
 }
 
-static inline bool packed_take(struct vhost_queue *q, struct chain *chain, enum walk walk)
+compiled_apart bool packed_take(struct vhost_queue *q, struct chain *chain, enum walk walk)
 {
     struct ring *r = &q->ring;
     uint16_t len;

@@ -172,7 +172,8 @@ class Rings:
         if vring.queue is None:
             try:
                 await self._start_ring(ring.index, placement, shown, vring.kick)
-            except PeerError as error:
+            except (PeerError, OSError) as error:
+                # The message that brought its translation is right all the same.
                 self._log.warning("%s: queue %d: %s", self.device.name, ring.index, error)
                 vring.queue = BrokenQueue(str(error), self.session.base(ring.index))
 
