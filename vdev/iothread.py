@@ -4,7 +4,8 @@ Theory of operation.  Every control message to a queue carries a token.  The iot
 messages in order and reports each token once through an event queue whose eventfd the event loop
 watches; a future per token wakes the one who waits.  Giving up waiting does not take the message
 back: the future stays until the report comes, so the bookkeeping is right even if the waiter was
-cancelled.  The same event queue reports rings that broke by their guest's fault.
+cancelled.  The same event queue reports rings that broke by their guest's fault, and queues that
+wait for a translation.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class IOThread:
         # The arguments are held with the future: what they point to must outlive the message.
         self._pending: dict[int, tuple[asyncio.Future[int], tuple[Any, ...]]] = {}
         self._on_broken: dict[int, Callable[[str], None]] = {}
+        self._on_miss: dict[int, Callable[[int, int], None]] = {}
         self.queues = 0  # running on this thread; new queues go where there are fewest
 
     def start(self) -> None:
@@ -89,6 +91,7 @@ class IOThread:
         ffi.release(self._events)
         self._events = None
         self._on_broken.clear()
+        self._on_miss.clear()
 
     async def call(self, fn: Callable[..., int], *args: Any) -> int:
         """Posts `fn(*args, token)` and returns the value that the iothread reports for it.
@@ -110,9 +113,15 @@ class IOThread:
         """Has `callback(fault)` called, once, if the queue with this token breaks."""
         self._on_broken[token] = callback
 
-    def forget_broken(self, token: int) -> None:
-        """Takes back `on_broken`."""
+    def on_miss(self, token: int, callback: Callable[[int, int], None]) -> None:
+        """Has `callback(iova, access)` called when the queue with this token lacks a translation,
+        for which it waits."""
+        self._on_miss[token] = callback
+
+    def forget(self, token: int) -> None:
+        """Takes back `on_broken` and `on_miss`."""
         self._on_broken.pop(token, None)
+        self._on_miss.pop(token, None)
 
     @property
     def native(self) -> Any:
@@ -143,6 +152,9 @@ class IOThread:
                 event = events[at]
                 if event.kind == lib.VHOST_EVENT_DONE:
                     self._done(event.token, event.result, event.value)
+                elif event.kind == lib.VHOST_EVENT_MISS:
+                    if missed := self._on_miss.get(event.token):
+                        missed(event.value, event.result)
                 elif callback := self._on_broken.pop(event.token, None):
                     callback(_FAULTS.get(event.value, f"fault {event.value}"))
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 import errno
 import os
 import weakref
+from array import array
 from collections.abc import Callable, Iterable
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, Protocol
 
 from vdev._native import ffi, lib
@@ -129,6 +130,26 @@ class GuestMemory:
     def guest_address(self, user_addr: int, size: int) -> int:
         """See the function of that name."""
         return guest_address(self.regions, user_addr, size)
+
+
+class MemoryView(GuestMemory):
+    """What an IOMMU shows of `memory`: a snapshot too, whose addresses are IOVAs."""
+
+    __slots__ = ()
+
+    def __init__(self, memory: GuestMemory, entries: Iterable[tuple[int, int, int, int]]) -> None:
+        """entries: IOVA, size, guest address and access of each, in the order of their IOVAs.
+
+        Each lies within one region.
+        """
+        self.regions = memory.regions
+        table = array("Q", chain.from_iterable(entries))
+        given = ffi.from_buffer("struct vhost_translation[]", table)
+        out = ffi.new("struct vhost_memory **")
+        result = lib.vhost_memory_view(memory.native, given, len(given), out)
+        if result < 0:
+            raise OSError(-result, os.strerror(-result), "view of memory")
+        self.native = ffi.gc(out[0], lib.vhost_memory_unref)
 
 
 def check_range(what: AddressRange) -> None:

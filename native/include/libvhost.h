@@ -3,7 +3,7 @@
  *
  * This header is the contract.  C programs include it, and vdev's Python half reads the part
  * between the "cdef" marks through cffi, so the two cannot drift.  With virtio_wire.h and
- * vhost_wire.h, which have what goes over the wire, it declares once:
+ * vhost_wire.h, which have what goes over the wire, and vhost_memory.h, it declares once:
  *   - the served queue: guest memory, three ring addresses, size, features, next index, kick, call,
  *   - the iothread that owns a queue from start to stop,
  *   - the devices (block, net) whose requests a queue carries.
@@ -18,6 +18,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <vhost_memory.h>
 #include <vhost_wire.h>
 #include <virtio_wire.h>
 
@@ -26,34 +27,6 @@ extern "C" {
 #endif
 
 /* cdef begin */
-
-/* ---- guest memory ---- */
-
-/* A mapping of a part of a file at a guest physical address; reference counted. */
-struct vhost_region;
-/* An immutable set of regions, sorted by guest address; reference counted. */
-struct vhost_memory;
-
-/* Maps `size` bytes at `offset` of the regular file `fd`.
- * -EINVAL: size 0, or an address or offset that wraps; -ENODEV: not a regular file;
- * -ENXIO: the file is shorter than the region; else what mmap(2) says. */
-int vhost_region_map(int fd, uint64_t offset, uint64_t guest_addr, uint64_t size,
-                     struct vhost_region **out);
-/* The same as a private copy, made page by page as they are written: the file stays as it is, needs
- * not be open for writing, and must not change. */
-int vhost_region_map_copy(int fd, uint64_t offset, uint64_t guest_addr, uint64_t size,
-                          struct vhost_region **out);
-void vhost_region_unref(struct vhost_region *region);
-
-/* -EEXIST: two regions share guest addresses. */
-int vhost_memory_new(struct vhost_region **regions, uint32_t count, struct vhost_memory **out);
-void vhost_memory_unref(struct vhost_memory *memory);
-/* The host address of [guest_addr, guest_addr + size) where one region holds it whole, or NULL. */
-void *vhost_memory_translate(const struct vhost_memory *memory, uint64_t guest_addr, uint64_t size);
-/* Gives [guest_addr, guest_addr + size) back to the host: until it is written it reads as zeroes,
- * or what the file holds where it is a private copy.
- * -EFAULT: not within one region; -EINVAL: not whole pages; else what madvise(2) says. */
-int vhost_memory_discard(const struct vhost_memory *memory, uint64_t guest_addr, uint64_t size);
 
 /* ---- the dirty log: which pages of guest memory were written ---- */
 
@@ -96,6 +69,9 @@ enum vhost_event_kind {
     VHOST_EVENT_BROKEN = 2, /* the queue with this token (its config's) broke: value = fault */
     VHOST_EVENT_CHAINS = 3, /* chains wait in the queue of index `token` of a batch device */
     VHOST_EVENT_RECALL = 4, /* the queue of index `token` drains: chains that were taken are due */
+    /* The queue with this token (its config's) waits for its view of memory to have `value`, with
+     * `result` of enum vhost_access; told once until it gets another view. */
+    VHOST_EVENT_MISS = 5,
 };
 
 /* Why a queue broke: the guest's or front-end's fault each time, and only that queue's end. */
@@ -295,7 +271,7 @@ int vhost_batch_give_back(struct vhost_device *device, uint32_t index, uint32_t 
 struct vhost_queue_config {
     uint64_t token; /* names the queue in VHOST_EVENT_BROKEN */
     uint64_t features;
-    uint64_t desc;  /* guest physical addresses; of a packed ring: the descriptors, */
+    uint64_t desc;  /* guest addresses, or IOVAs; of a packed ring: the descriptors, */
     uint64_t avail; /* the driver's, */
     uint64_t used;  /* and the device's event suppression structure */
     uint32_t index;
@@ -336,10 +312,14 @@ int vhost_queue_set_kick(struct vhost_queue *queue, int fd, uint64_t token);
 int vhost_queue_set_enabled(struct vhost_queue *queue, bool enabled, uint64_t token);
 /* Drains, then goes on in `memory`; a ring that is no longer mapped breaks. */
 int vhost_queue_set_memory(struct vhost_queue *queue, struct vhost_memory *memory, uint64_t token);
+/* Goes on in `memory` without a drain: all that the present one has is there, and at its place. */
+int vhost_queue_extend_memory(struct vhost_queue *queue, struct vhost_memory *memory,
+                              uint64_t token);
 /* Logs what the device writes to guest memory from the answer on, in `log` or, with NULL, nowhere:
  * buffers as far as they were written, what requests in flight write included; and the used ring as
  * if it lay at guest address `used`, or not at all (UINT64_MAX); of a packed ring the descriptors
- * with the device's structure at `used`.  A write beyond the end of the log breaks the queue. */
+ * with the device's structure at `used`.  In a view it is logged where it lies, whatever `used` is.
+ * A write beyond the end of the log breaks the queue. */
 int vhost_queue_set_log(struct vhost_queue *queue, struct vhost_log *log, uint64_t used,
                         uint64_t token);
 

@@ -205,6 +205,27 @@ struct vhost_user_inflight_desc {
     uint64_t addr;
 };
 
+/* Payload of IOTLB messages, in both directions. */
+struct vhost_user_iotlb {
+    uint64_t iova;
+    uint64_t size;
+    uint64_t user_addr;
+    uint8_t access; /* of enum vhost_access */
+    uint8_t type;   /* of enum vhost_user_iotlb_type */
+};
+
+enum vhost_user_iotlb_type {
+    VHOST_USER_IOTLB_MISS = 1, /* from the back-end: it lacks this address */
+    VHOST_USER_IOTLB_UPDATE = 2,
+    VHOST_USER_IOTLB_INVALIDATE = 3,
+    VHOST_USER_IOTLB_ACCESS_FAIL = 4,
+};
+
+enum vhost_access {
+    VHOST_ACCESS_READ = 1,
+    VHOST_ACCESS_WRITE = 2,
+};
+
 enum vhost_user_transfer_direction {
     VHOST_USER_TRANSFER_SAVE = 0, /* from the back-end */
     VHOST_USER_TRANSFER_LOAD = 1,

@@ -65,9 +65,13 @@ static inline int chain_translate(struct vhost_queue *q, uint64_t addr, uint32_t
     return (int)iovs + 1;
 }
 
+/* What a walk looks for buffers in.  It is known where a walk is compiled: the one in a view has to
+ * tell what a buffer is for, and that costs the other one registers. */
+enum walk { WALK_MEMORY, WALK_VIEW };
+
 /* Adds the buffer that a descriptor names (virtio 1.3, sections 2.7.4.2 and 2.8.8). */
 static inline enum vhost_fault chain_add(struct vhost_queue *q, struct gathered *g, uint64_t addr,
-                                         uint32_t len, bool writable)
+                                         uint32_t len, bool writable, enum walk walk)
 {
     if (unlikely(len == 0))
         return VHOST_FAULT_LENGTH;
@@ -79,7 +83,8 @@ static inline enum vhost_fault chain_add(struct vhost_queue *q, struct gathered 
         g->writable = true;
     }
     g->len += len;
-    int now = chain_translate(q, addr, len, g->iovs);
+    int now = walk == WALK_VIEW ? view_add(q, addr, len, g->iovs, writable)
+                                : chain_translate(q, addr, len, g->iovs);
     if (unlikely(now < 0))
         return (enum vhost_fault) - now;
     g->iovs = (uint32_t)now;
@@ -106,13 +111,25 @@ static inline enum vhost_fault chain_end(struct vhost_queue *q, const struct gat
 const void *chain_copy_table(struct vhost_queue *q, uint64_t addr, uint32_t len);
 
 /* The host address of an indirect table, or NULL. */
-static inline const void *chain_table(struct vhost_queue *q, uint64_t addr, uint32_t len)
+static inline const void *chain_table(struct vhost_queue *q, uint64_t addr, uint32_t len,
+                                      enum walk walk)
 {
+    if (walk == WALK_VIEW)
+        return view_table(q, addr, len);
     const struct vhost_region *whole = memory_find(q->memory, addr, &q->memory_hint);
 
     if (likely(whole && len <= whole->size - (addr - whole->guest_addr)))
         return whole->host + (addr - whole->guest_addr);
     return chain_copy_table(q, addr, len);
+}
+
+/* The walk cannot go on. */
+static inline void chain_fail(struct vhost_queue *q, enum vhost_fault fault, enum walk walk)
+{
+    if (walk == WALK_VIEW && q->lacks)
+        queue_wait_for_view(q);
+    else
+        queue_break(q, fault);
 }
 
 /* An eventfd whose counter is full would block us: its owner does not look, so skip the call. */
@@ -135,7 +152,11 @@ static inline void ring_call(struct vhost_queue *q, bool wanted)
  * for the ring.  See log.c for the order. */
 static inline void ring_log(struct vhost_queue *q, uint64_t base, uint64_t offset, uint64_t len)
 {
-    if (q->log_used != UINT64_MAX)
+    if (q->log_used == UINT64_MAX)
+        return;
+    if (q->memory->behind)
+        view_log(q, base + offset, len);
+    else
         log_mark(q, base + offset, len);
 }
 

@@ -315,7 +315,7 @@ static int tracked_map(struct vhost_queue *q)
 
 /* Returns the first entry of the chain of `n` descriptors that was popped at this place.  They are
  * read once more; the next server checks what it finds as it checks any chain. */
-static uint16_t note(struct vhost_queue *q, struct tracker *t, uint16_t at, uint32_t n)
+compiled_apart uint16_t note(struct vhost_queue *q, struct tracker *t, uint16_t at, uint32_t n)
 {
     uint16_t first = t->packed.free_head, entry = first, last = first, *next = t->packed.next;
     struct vhost_user_inflight_desc *desc = t->packed.desc;
@@ -356,12 +356,12 @@ static uint16_t popped_again(struct vhost_queue *q, struct tracker *t, uint32_t 
     return first;
 }
 
-static bool tracked_pop(struct vhost_queue *q, struct chain *chain)
+compiled_apart bool tracked_take(struct vhost_queue *q, struct chain *chain, enum walk walk)
 {
     struct tracker *t = q->tracker;
     uint16_t at = q->ring.next_avail;
 
-    if (!packed_pop(q, chain))
+    if (!packed_take(q, chain, walk))
         return false;
     uint32_t n = q->lengths[chain->head];
     if (unlikely(t->num_again)) {
@@ -376,6 +376,16 @@ static bool tracked_pop(struct vhost_queue *q, struct chain *chain)
     }
     t->packed.entry[chain->head] = note(q, t, at, n);
     return true;
+}
+
+static bool tracked_pop(struct vhost_queue *q, struct chain *chain)
+{
+    return tracked_take(q, chain, WALK_MEMORY);
+}
+
+static bool tracked_pop_in_view(struct vhost_queue *q, struct chain *chain)
+{
+    return tracked_take(q, chain, WALK_VIEW);
 }
 
 static void tracked_push(struct vhost_queue *q, uint16_t id, uint32_t len)
@@ -457,7 +467,7 @@ static void attach(struct vhost_queue *q)
     q->tracker->packed.used_idx = q->ring.used_idx;
     q->tracker->packed.used_bits = q->ring.used_bits;
     layout->map = tracked_map;
-    layout->pop = tracked_pop;
+    layout->pop = q->memory->behind ? tracked_pop_in_view : tracked_pop;
     layout->push = tracked_push;
     layout->join = tracked_join;
     layout->show = tracked_show;

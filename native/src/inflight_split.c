@@ -152,11 +152,11 @@ static uint32_t tracked_pending(struct vhost_queue *q)
     return unlikely(q->tracker->num_again) ? q->tracker->num_again : ring_split.pending(q);
 }
 
-static bool tracked_pop(struct vhost_queue *q, struct chain *chain)
+static inline bool tracked_take(struct vhost_queue *q, struct chain *chain, enum walk walk)
 {
     struct tracker *t = q->tracker;
 
-    if (!split_pop(q, chain))
+    if (!split_take(q, chain, walk))
         return false;
     if (unlikely(t->num_again)) {
         if (--t->num_again == 0)
@@ -168,6 +168,16 @@ static bool tracked_pop(struct vhost_queue *q, struct chain *chain)
     inflight_order();
     __atomic_store_n(&c->inflight, 1, __ATOMIC_RELAXED);
     return true;
+}
+
+static bool tracked_pop(struct vhost_queue *q, struct chain *chain)
+{
+    return tracked_take(q, chain, WALK_MEMORY);
+}
+
+static bool tracked_pop_in_view(struct vhost_queue *q, struct chain *chain)
+{
+    return tracked_take(q, chain, WALK_VIEW);
 }
 
 static void tracked_push(struct vhost_queue *q, uint16_t head, uint32_t len)
@@ -230,7 +240,7 @@ static void attach(struct vhost_queue *q)
 
     layout->map = tracked_map;
     layout->pending = tracked_pending;
-    layout->pop = tracked_pop;
+    layout->pop = q->memory->behind ? tracked_pop_in_view : tracked_pop;
     layout->push = tracked_push;
     layout->show = tracked_show;
     layout->publish = tracked_publish;

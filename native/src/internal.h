@@ -8,6 +8,7 @@
  *   batch.c       devices that the control thread works for
  *   log.c         which pages were written              inflight*.c   which chains are out
  *   chain.c       what both layouts share               order.c       used as made available
+ *   view.c        memory behind an IOMMU
  *
  * And beside them the driver's side, for measuring and for tests:
  *   driver_ring.c a ring as its driver has it           driver.c      block requests
@@ -72,6 +73,10 @@ struct vhost_memory {
     atomic_uint refs;
     uint32_t count;
     struct vhost_region **by_host; /* the same, sorted by host */
+    /* Of a view, which has no regions of its own, see view.c. */
+    struct vhost_memory *behind;           /* or NULL */
+    const struct translation *translation; /* sorted by IOVA */
+    uint32_t translations;
     struct vhost_region *region[]; /* sorted by guest_addr */
 };
 
@@ -95,9 +100,36 @@ static inline struct vhost_region *memory_find(const struct vhost_memory *memory
 /* Rises with every SIGBUS that was absorbed; queues compare it to notice one cheaply. */
 extern atomic_uint memory_faults;
 bool memory_is_broken(const struct vhost_memory *memory);
-/* The guest address of what lies at `host`, in one of the regions.  `hint`: of a search of its own,
- * the index in by_host to try first, updated. */
+/* The guest address of what lies at `host`, in one of the regions, or of those behind a view.
+ * `hint`: of a search of its own, the index in by_host to try first, updated. */
 uint64_t memory_guest_addr(const struct vhost_memory *memory, const void *host, uint32_t *hint);
+
+/* Maps pieces of shared regions once more, one behind the other: whole pages but for what is before
+ * the first and behind the last.  -EINVAL: they are not; else what mremap(2) says. */
+int region_join(const struct iovec *piece, uint32_t n, struct vhost_region **out);
+
+/* ---- view.c ---- */
+
+struct vhost_queue;
+
+enum ring_area { AREA_DESC, AREA_AVAIL, AREA_USED, AREAS };
+
+/* The host address of what a view has at `iova` for such an access (enum vhost_access), and how
+ * many bytes there are; or NULL.  `hint` as of memory_find. */
+char *view_find(const struct vhost_memory *view, uint64_t iova, unsigned access, uint32_t *hint,
+                uint64_t *room);
+/* The host address of an area of the ring, or NULL where it is not in memory, or in a view not for
+ * such an access. */
+void *ring_part(struct vhost_queue *q, enum ring_area area, uint64_t addr, uint64_t size,
+                unsigned access);
+/* chain_add_split and chain_table (chain.h) of queues in a view, for buffers to be written or not.
+ * Where something is lacking they note that (q->lacks), and what they return does not count. */
+int view_add(struct vhost_queue *q, uint64_t addr, uint32_t len, uint32_t iovs, bool write);
+const void *view_table(struct vhost_queue *q, uint64_t addr, uint32_t len);
+/* True if memory that was mapped for the ring alone went away. */
+bool ring_is_broken(const struct vhost_queue *q);
+/* log_mark of what lies at an IOVA of a queue's view. */
+void view_log(struct vhost_queue *q, uint64_t iova, uint64_t len);
 
 /* ---- log.c ---- */
 
@@ -115,8 +147,6 @@ struct log_mark {
 };
 
 enum { LOG_MARKS = 16 };
-
-struct vhost_queue;
 
 void log_ref(struct vhost_log *log);
 bool log_is_broken(const struct vhost_log *log);
@@ -165,6 +195,7 @@ struct ring_layout {
     uint32_t (*next_index)(const struct vhost_queue *q);
     uint32_t (*pending)(struct vhost_queue *q);
     bool (*pop)(struct vhost_queue *q, struct chain *chain);
+    bool (*pop_in_view)(struct vhost_queue *q, struct chain *chain); /* pop, of queues in a view */
     void (*unpop)(struct vhost_queue *q, uint16_t head);
     void (*push)(struct vhost_queue *q, uint16_t head, uint32_t len);
     /* IN_ORDER: a push of which the one before, not shown yet, tells as well; or NULL. */
@@ -234,6 +265,7 @@ enum queue_op {
     QUEUE_KICK,
     QUEUE_ENABLE,
     QUEUE_MEMORY,
+    QUEUE_EXTEND,
     QUEUE_LOG
 };
 
@@ -261,7 +293,7 @@ struct vhost_queue {
     uint32_t num_marks;
     struct log_mark marks[LOG_MARKS]; /* noted, not set yet */
     struct vhost_log *log;            /* NULL: nothing is logged */
-    uint64_t log_used;                /* where the used ring is logged, or UINT64_MAX */
+    uint64_t log_used;                /* where the used ring is logged (its IOVA), or UINT64_MAX */
     struct tracker *tracker;          /* NULL: nobody notes what is in flight */
     struct order *order;              /* NULL: chains are used in any order */
     struct vhost_device *device;
@@ -273,11 +305,13 @@ struct vhost_queue {
     uint32_t in_flight; /* popped and not yet pushed */
 
     bool enabled;
-    bool broken;
+    bool blocked;  /* broken, or waiting for another view of memory */
     bool polling;  /* in the iothread's polling set, notifications off */
     bool dirty;    /* pushed since the last publish */
     bool leaving;  /* it is being suspended: chains may stay in flight */
     bool no_kicks; /* the device waits for something else: sleep with notifications off */
+    bool broken;
+    uint8_t lacks; /* what its view lacks (enum vhost_access), at lacks_addr; 0: nothing */
     int kick_fd, call_fd, err_fd;
     bool call_blocks;   /* call_fd lacks O_NONBLOCK */
     uint64_t active_ns; /* when it last had work */
@@ -291,7 +325,9 @@ struct vhost_queue {
 
     uint64_t token;
     uint64_t desc_addr, avail_addr, used_addr;
-    struct iovec *iov; /* scratch of ring_pop */
+    uint64_t lacks_addr;
+    struct vhost_region *joined[AREAS]; /* of a ring in pieces */
+    struct iovec *iov;                  /* scratch of ring_pop */
     uint32_t iov_max;
     uint32_t chain_max;       /* descriptors */
     uint64_t *busy;           /* split: bitmap of heads in flight */
@@ -370,16 +406,18 @@ static inline bool ring_arm(struct vhost_queue *q)
 
 /* The guest's fault: this ring stops until it is set up anew; err fd and event tell of it. */
 void queue_break(struct vhost_queue *q, enum vhost_fault fault);
+/* It cannot go on before it gets another view, one that has q->lacks_addr for q->lacks. */
+void queue_wait_for_view(struct vhost_queue *q);
 /* Called by the iothread. */
 void queue_handle(struct queue_message *message);
 void queue_settle(struct vhost_queue *q); /* finishes a drain when nothing is in flight */
 /* True until all that an earlier server had popped was popped again: a drain waits for it. */
 bool queue_resumes(const struct vhost_queue *q);
 
-/* True while the device may pop: not broken, not draining. */
+/* True while the device may pop: not blocked, not draining. */
 static inline bool queue_may_pop(const struct vhost_queue *q)
 {
-    return !q->broken && (!q->draining || (queue_resumes(q) && !q->leaving));
+    return !q->blocked && (!q->draining || (queue_resumes(q) && !q->leaving));
 }
 
 /* True while the chain of this head, or buffer id, is in flight. */

@@ -105,7 +105,7 @@ void iothread_schedule(struct vhost_queue *q)
     struct vhost_iothread *t = q->thread;
 
     q->active_ns = t->now;
-    if (q->polling || q->broken)
+    if (q->polling || q->blocked)
         return;
     q->polling = true;
     ring_disarm(q);
@@ -160,7 +160,7 @@ static bool serve_polling(struct vhost_iothread *t)
         uint32_t faults = atomic_load_explicit(&memory_faults, memory_order_relaxed);
         if (unlikely(q->faults_seen != faults)) {
             q->faults_seen = faults;
-            if (memory_is_broken(q->memory) || log_is_broken(q->log) ||
+            if (memory_is_broken(q->memory) || ring_is_broken(q) || log_is_broken(q->log) ||
                 inflight_is_broken(q->tracker))
                 queue_break(q, VHOST_FAULT_MEMORY);
         }
@@ -207,10 +207,10 @@ static bool retire_idle(struct vhost_iothread *t, uint64_t now)
     for (uint32_t i = 0; i < t->num_polling;) {
         struct vhost_queue *q = t->polling[i];
         bool only_polled = q->kick_fd < 0 && !q->no_kicks;
-        bool waits = !q->broken && (only_polled || now - q->active_ns < t->poll_ns);
+        bool waits = !q->blocked && (only_polled || now - q->active_ns < t->poll_ns);
         if (waits) {
             i++;
-        } else if (!q->broken && !q->no_kicks && ring_arm(q)) {
+        } else if (!q->blocked && !q->no_kicks && ring_arm(q)) {
             ring_disarm(q);
             q->active_ns = now;
             i++;

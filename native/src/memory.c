@@ -165,6 +165,45 @@ int vhost_region_map_copy(int fd, uint64_t offset, uint64_t guest_addr, uint64_t
     return region_map(fd, offset, guest_addr, size, MAP_PRIVATE, out);
 }
 
+int region_join(const struct iovec *piece, uint32_t n, struct vhost_region **out)
+{
+    uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), lead = (uintptr_t)piece[0].iov_base % page;
+    uint64_t len = lead;
+
+    for (uint32_t i = 0; i < n; i++) {
+        len += piece[i].iov_len;
+        if ((i && (uintptr_t)piece[i].iov_base % page) || (i < n - 1 && len % page))
+            return -EINVAL;
+    }
+    len = (len + page - 1) & ~(page - 1);
+    struct vhost_region *r = calloc(1, sizeof(*r));
+    if (!r)
+        return -ENOMEM;
+    r->map = mmap(NULL, len, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (r->map == MAP_FAILED) {
+        free(r);
+        return -ENOMEM;
+    }
+    r->map_len = len;
+    r->host = (char *)r->map + lead;
+    atomic_init(&r->refs, 1);
+    int err = live_add(r);
+    for (uint64_t at = 0; at < len && err == 0; piece++) {
+        char *from = (char *)piece->iov_base - (at ? 0 : lead);
+        uint64_t part = piece->iov_len + (at ? 0 : lead);
+        part = (part + page - 1) & ~(page - 1);
+        /* An old size of 0: the pages stay where they are, too. */
+        if (mremap(from, 0, part, MREMAP_MAYMOVE | MREMAP_FIXED, (char *)r->map + at) == MAP_FAILED)
+            err = -errno;
+        at += part;
+    }
+    if (err < 0)
+        vhost_region_unref(r);
+    else
+        *out = r;
+    return err;
+}
+
 void vhost_region_unref(struct vhost_region *r)
 {
     if (!r || atomic_fetch_sub(&r->refs, 1) != 1)
@@ -226,6 +265,7 @@ void vhost_memory_unref(struct vhost_memory *m)
         return;
     for (uint32_t i = 0; i < m->count; i++)
         vhost_region_unref(m->region[i]);
+    vhost_memory_unref(m->behind);
     free(m);
 }
 
@@ -249,6 +289,8 @@ struct vhost_region *memory_search(const struct vhost_memory *m, uint64_t addr, 
 
 bool memory_is_broken(const struct vhost_memory *m)
 {
+    if (m->behind)
+        m = m->behind;
     for (uint32_t i = 0; i < m->count; i++) {
         if (atomic_load(&m->region[i]->broken))
             return true;
@@ -263,6 +305,8 @@ static inline bool lies_in(const struct vhost_region *r, const void *host)
 
 uint64_t memory_guest_addr(const struct vhost_memory *m, const void *host, uint32_t *hint)
 {
+    if (m->behind)
+        m = m->behind;
     uint32_t at = *hint, low = 0, high = m->count;
 
     while (at >= m->count || !lies_in(m->by_host[at], host)) {

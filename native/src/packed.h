@@ -58,7 +58,7 @@ static inline uint16_t avail_bits_of(uint16_t used_bits)
 
 /* Of an indirect table's entries only address, length and WRITE count (section 2.8.7). */
 static inline enum vhost_fault packed_walk_table(struct vhost_queue *q, struct gathered *g,
-                                                 uint64_t addr, uint32_t len)
+                                                 uint64_t addr, uint32_t len, enum walk walk)
 {
     uint32_t entries = len / sizeof(struct vring_packed_desc);
 
@@ -66,22 +66,26 @@ static inline enum vhost_fault packed_walk_table(struct vhost_queue *q, struct g
         return VHOST_FAULT_INDIRECT;
     if (unlikely(entries > q->chain_max))
         return VHOST_FAULT_CHAIN_LENGTH;
-    const struct vring_packed_desc *table = chain_table(q, addr, len);
+    const struct vring_packed_desc *table = chain_table(q, addr, len, walk);
     if (unlikely(!table))
         return VHOST_FAULT_ADDRESS;
     for (uint32_t i = 0; i < entries; i++) {
         struct desc d = desc_read(&table[i]);
         if (unlikely(d.high & VRING_DESC_F_INDIRECT))
             return VHOST_FAULT_INDIRECT;
-        enum vhost_fault fault = chain_add(q, g, d.addr, d.len, d.high & VRING_DESC_F_WRITE);
+        enum vhost_fault fault = chain_add(q, g, d.addr, d.len, d.high & VRING_DESC_F_WRITE, walk);
         if (unlikely(fault))
             return fault;
     }
     return VHOST_FAULT_NONE;
 }
 
+/* Of the two walks each has all in one function, which the compiler would divide to share parts. */
+#define compiled_apart static inline __attribute__((always_inline))
+
 /* Walks the chain at next_avail into q->iov; *len descriptors of the ring. */
-static inline enum vhost_fault packed_walk(struct vhost_queue *q, struct chain *c, uint16_t *len)
+compiled_apart enum vhost_fault packed_walk(struct vhost_queue *q, struct chain *c, uint16_t *len,
+                                            enum walk walk)
 {
     const struct ring *r = &q->ring;
     /* What is in flight is not the driver's to make available once more. */
@@ -100,9 +104,9 @@ static inline enum vhost_fault packed_walk(struct vhost_queue *q, struct chain *
             /* Section 2.8.19: not in a list. */
             if (unlikely(seen > 1 || (flags & VRING_DESC_F_NEXT)))
                 return VHOST_FAULT_INDIRECT;
-            fault = packed_walk_table(q, &g, d.addr, d.len);
+            fault = packed_walk_table(q, &g, d.addr, d.len, walk);
         } else {
-            fault = chain_add(q, &g, d.addr, d.len, flags & VRING_DESC_F_WRITE);
+            fault = chain_add(q, &g, d.addr, d.len, flags & VRING_DESC_F_WRITE, walk);
         }
         if (unlikely(fault))
             return fault;
@@ -118,16 +122,16 @@ static inline enum vhost_fault packed_walk(struct vhost_queue *q, struct chain *
     return chain_end(q, &g, seen, c);
 }
 
-static inline bool packed_pop(struct vhost_queue *q, struct chain *chain)
+compiled_apart bool packed_take(struct vhost_queue *q, struct chain *chain, enum walk walk)
 {
     struct ring *r = &q->ring;
     uint16_t len;
 
     if (!is_available(&r->offered[r->next_avail], r->avail_bits))
         return false;
-    enum vhost_fault fault = packed_walk(q, chain, &len);
+    enum vhost_fault fault = packed_walk(q, chain, &len, walk);
     if (unlikely(fault)) {
-        queue_break(q, fault);
+        chain_fail(q, fault, walk);
         return false;
     }
     q->lengths[chain->head] = len;

@@ -6,7 +6,8 @@
  *                memory |  (drains, then goes on in the new table)
  *
  * Control reaches a running queue only by messages, which the iothread carries out between two
- * passes.  STOP and MEMORY wait in q->draining until nothing is in flight.  A broken queue pops
+ * passes.  STOP and MEMORY wait in q->draining until nothing is in flight.  A queue whose view of
+ * memory lacks a translation pops no more until it gets another view.  A broken queue pops
  * no more but still completes what it had popped, and still answers every message.
  */
 #include "internal.h"
@@ -17,8 +18,9 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-/* Room for buffers that straddle regions, beyond one iovec a descriptor. */
-enum { IOV_SLACK = 64 };
+/* Room for buffers that straddle regions, beyond one iovec a descriptor; pages that an IOMMU puts
+ * together lie anywhere. */
+enum { IOV_SLACK = 64, IOV_SLACK_VIEW = 512 };
 
 static int dup_fd(int fd)
 {
@@ -52,8 +54,16 @@ static void set_call(struct vhost_queue *q, int fd)
     q->call_blocks = flags >= 0 && !(flags & O_NONBLOCK);
 }
 
+/* Has the used ring logged at this address; in a view, wherever it lies. */
+static void log_used_at(struct vhost_queue *q, uint64_t addr)
+{
+    q->log_used = q->memory->behind && addr != UINT64_MAX ? q->used_addr : addr;
+}
+
 static int queue_init(struct vhost_queue *q, const struct vhost_queue_config *config)
 {
+    if (q->memory->behind)
+        q->ring.layout.pop = q->ring.layout.pop_in_view;
     int err = ring_map(q);
     if (err < 0)
         return err;
@@ -61,7 +71,7 @@ static int queue_init(struct vhost_queue *q, const struct vhost_queue_config *co
     if (err < 0)
         return err;
     q->chain_max = q->ops->chain_max > q->ring.size ? q->ops->chain_max : q->ring.size;
-    q->iov_max = q->chain_max + IOV_SLACK;
+    q->iov_max = q->chain_max + (q->memory->behind ? IOV_SLACK_VIEW : IOV_SLACK);
     q->iov = calloc(q->iov_max, sizeof(*q->iov));
     q->table = calloc(q->chain_max, sizeof(*q->table));
     if (q->ring.packed)
@@ -93,6 +103,8 @@ static void queue_destroy(struct vhost_queue *q)
     close_fd(&q->kick_fd);
     close_fd(&q->call_fd);
     close_fd(&q->err_fd);
+    for (uint32_t i = 0; i < AREAS; i++)
+        vhost_region_unref(q->joined[i]);
     vhost_memory_unref(q->memory);
     vhost_log_unref(q->log);
     inflight_close(q);
@@ -122,7 +134,6 @@ int vhost_queue_new(const struct vhost_queue_config *config, struct vhost_device
     q->memory = memory;
     log_ref(config->log);
     q->log = config->log;
-    q->log_used = config->log_used;
     q->faults_seen = atomic_load(&memory_faults);
     q->device = device;
     q->ops = device->ops;
@@ -135,6 +146,7 @@ int vhost_queue_new(const struct vhost_queue_config *config, struct vhost_device
     q->desc_addr = config->desc;
     q->avail_addr = config->avail;
     q->used_addr = config->used;
+    log_used_at(q, config->log_used);
     q->ring = (struct ring){
         .layout = packed ? ring_packed : ring_split,
         .packed = packed,
@@ -165,9 +177,9 @@ void queue_break(struct vhost_queue *q, enum vhost_fault fault)
 {
     if (q->broken)
         return;
-    q->broken = true;
+    q->broken = q->blocked = true;
     /* What was read out of memory that went away looks like many faults, but it is one. */
-    if (memory_is_broken(q->memory))
+    if (memory_is_broken(q->memory) || ring_is_broken(q))
         fault = VHOST_FAULT_MEMORY;
     else if (log_is_broken(q->log))
         fault = VHOST_FAULT_LOG;
@@ -177,6 +189,26 @@ void queue_break(struct vhost_queue *q, enum vhost_fault fault)
     signal_fd(q->err_fd);
     struct vhost_event event = {.kind = VHOST_EVENT_BROKEN, .token = q->token, .value = fault};
     events_post(iothread_events(q->thread), &event);
+}
+
+void queue_wait_for_view(struct vhost_queue *q)
+{
+    if (q->blocked)
+        return;
+    q->blocked = true;
+    struct vhost_event event = {
+        .kind = VHOST_EVENT_MISS, .token = q->token, .result = q->lacks, .value = q->lacks_addr};
+    events_post(iothread_events(q->thread), &event);
+}
+
+/* Goes over to `memory`, whose reference becomes the queue's. */
+static void go_over(struct vhost_queue *q, struct vhost_memory *memory)
+{
+    vhost_memory_unref(q->memory);
+    q->memory = memory;
+    q->memory_hint = 0;
+    q->lacks = 0;
+    q->blocked = q->broken;
 }
 
 /* ---- messages: the control thread's end ---- */
@@ -264,6 +296,13 @@ int vhost_queue_set_memory(struct vhost_queue *q, struct vhost_memory *memory, u
         q, (struct queue_message){.op = QUEUE_MEMORY, .fd = -1, .memory = memory, .token = token});
 }
 
+int vhost_queue_extend_memory(struct vhost_queue *q, struct vhost_memory *memory, uint64_t token)
+{
+    memory_ref(memory);
+    return post(
+        q, (struct queue_message){.op = QUEUE_EXTEND, .fd = -1, .memory = memory, .token = token});
+}
+
 int vhost_queue_set_log(struct vhost_queue *q, struct vhost_log *log, uint64_t used, uint64_t token)
 {
     log_ref(log);
@@ -328,7 +367,7 @@ void queue_settle(struct vhost_queue *q)
 {
     struct queue_message *m = q->draining;
 
-    if (!m || q->in_flight || (queue_resumes(q) && q->enabled && !q->broken && !q->leaving))
+    if (!m || q->in_flight || (queue_resumes(q) && q->enabled && !q->blocked && !q->leaving))
         return;
     q->draining = NULL;
     if (q->dirty)
@@ -342,9 +381,7 @@ void queue_settle(struct vhost_queue *q)
         answer(m, 0, ring_next_index(q));
         return;
     }
-    vhost_memory_unref(q->memory);
-    q->memory = m->memory;
-    q->memory_hint = 0;
+    go_over(q, m->memory);
     if (ring_map(q) < 0)
         queue_break(q, VHOST_FAULT_RING_UNMAPPED);
     /* Settled at the end of a pass: what the device waited for there may be over. */
@@ -391,12 +428,16 @@ void queue_handle(struct queue_message *m)
             q->ops->quiesce(q);
         iothread_schedule(q);
         break;
+    case QUEUE_EXTEND:
+        go_over(q, m->memory);
+        iothread_schedule(q);
+        break;
     case QUEUE_LOG:
         /* Without a drain: each request is logged when it completes, wherever it began. */
         log_flush(q);
         vhost_log_unref(q->log);
         q->log = m->log;
-        q->log_used = m->log_used;
+        log_used_at(q, m->log_used);
         break;
     }
     answer(m, err, 0);

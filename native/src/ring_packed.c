@@ -32,9 +32,12 @@ static int packed_map(struct vhost_queue *q)
     /* Alignment: virtio 1.3, section 2.8.10.1. */
     if (q->desc_addr % 16 || q->avail_addr % 4 || q->used_addr % 4)
         return -EINVAL;
-    void *slot = vhost_memory_translate(q->memory, q->desc_addr, r->size * sizeof(*r->slot));
-    void *driver = vhost_memory_translate(q->memory, q->avail_addr, sizeof(*r->driver_event));
-    void *device = vhost_memory_translate(q->memory, q->used_addr, sizeof(*r->device_event));
+    void *slot = ring_part(q, AREA_DESC, q->desc_addr, r->size * sizeof(*r->slot),
+                           VHOST_ACCESS_READ | VHOST_ACCESS_WRITE);
+    void *driver =
+        ring_part(q, AREA_AVAIL, q->avail_addr, sizeof(*r->driver_event), VHOST_ACCESS_READ);
+    void *device =
+        ring_part(q, AREA_USED, q->used_addr, sizeof(*r->device_event), VHOST_ACCESS_WRITE);
     if (!slot || !driver || !device)
         return -EFAULT;
     /* A region may start at any offset of its file; the host address must be aligned as well. */
@@ -197,12 +200,23 @@ static bool packed_arm(struct vhost_queue *q)
     return is_available(&r->offered[r->next_avail], r->avail_bits);
 }
 
+static bool packed_pop(struct vhost_queue *q, struct chain *chain)
+{
+    return packed_take(q, chain, WALK_MEMORY);
+}
+
+static bool packed_pop_in_view(struct vhost_queue *q, struct chain *chain)
+{
+    return packed_take(q, chain, WALK_VIEW);
+}
+
 const struct ring_layout ring_packed = {
     .map = packed_map,
     .resume = packed_resume,
     .next_index = packed_next_index,
     .pending = packed_pending,
     .pop = packed_pop,
+    .pop_in_view = packed_pop_in_view,
     .unpop = packed_unpop,
     .push = packed_push,
     .join = packed_join,

@@ -29,9 +29,9 @@ static int split_map(struct vhost_queue *q)
     /* Alignment: virtio 1.3, section 2.7, table "virtqueue part". */
     if (q->desc_addr % 16 || q->avail_addr % 2 || q->used_addr % 4)
         return -EINVAL;
-    void *desc = vhost_memory_translate(q->memory, q->desc_addr, 16 * n);
-    void *avail = vhost_memory_translate(q->memory, q->avail_addr, 6 + 2 * n);
-    void *used = vhost_memory_translate(q->memory, q->used_addr, 6 + 8 * n);
+    void *desc = ring_part(q, AREA_DESC, q->desc_addr, 16 * n, VHOST_ACCESS_READ);
+    void *avail = ring_part(q, AREA_AVAIL, q->avail_addr, 6 + 2 * n, VHOST_ACCESS_READ);
+    void *used = ring_part(q, AREA_USED, q->used_addr, 6 + 8 * n, VHOST_ACCESS_WRITE);
     if (!desc || !avail || !used)
         return -EFAULT;
     /* A region may start at any offset of its file; the host address must be aligned as well. */
@@ -159,12 +159,23 @@ static uint32_t split_next_index(const struct vhost_queue *q)
     return q->ring.next_avail;
 }
 
+static bool split_pop(struct vhost_queue *q, struct chain *chain)
+{
+    return split_take(q, chain, WALK_MEMORY);
+}
+
+static bool split_pop_in_view(struct vhost_queue *q, struct chain *chain)
+{
+    return split_take(q, chain, WALK_VIEW);
+}
+
 const struct ring_layout ring_split = {
     .map = split_map,
     .resume = split_resume,
     .next_index = split_next_index,
     .pending = split_pending,
     .pop = split_pop,
+    .pop_in_view = split_pop_in_view,
     .unpop = split_unpop,
     .push = split_push,
     .show = split_show,

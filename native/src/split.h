@@ -8,7 +8,8 @@
 #include "chain.h"
 
 /* Walks the chain from `head` into q->iov (virtio 1.3, sections 2.7.5.3 and 2.7.17). */
-static inline enum vhost_fault split_walk(struct vhost_queue *q, uint16_t head, struct chain *c)
+static inline enum vhost_fault split_walk(struct vhost_queue *q, uint16_t head, struct chain *c,
+                                          enum walk walk)
 {
     const struct vring_desc *table = q->ring.desc;
     uint32_t table_len = q->ring.size, limit = q->ring.size;
@@ -24,7 +25,7 @@ static inline enum vhost_fault split_walk(struct vhost_queue *q, uint16_t head, 
             if (!q->ring.indirect || nested || (flags & VRING_DESC_F_NEXT) || d.len == 0 ||
                 d.len % sizeof(struct vring_desc))
                 return VHOST_FAULT_INDIRECT;
-            table = chain_table(q, d.addr, d.len);
+            table = chain_table(q, d.addr, d.len, walk);
             if (!table)
                 return VHOST_FAULT_ADDRESS;
             table_len = d.len / sizeof(struct vring_desc);
@@ -35,7 +36,7 @@ static inline enum vhost_fault split_walk(struct vhost_queue *q, uint16_t head, 
         }
         if (unlikely(++seen > limit))
             return VHOST_FAULT_CHAIN_LENGTH;
-        enum vhost_fault fault = chain_add(q, &g, d.addr, d.len, flags & VRING_DESC_F_WRITE);
+        enum vhost_fault fault = chain_add(q, &g, d.addr, d.len, flags & VRING_DESC_F_WRITE, walk);
         if (unlikely(fault))
             return fault;
         if (!(flags & VRING_DESC_F_NEXT))
@@ -48,7 +49,7 @@ static inline enum vhost_fault split_walk(struct vhost_queue *q, uint16_t head, 
     return chain_end(q, &g, seen, c);
 }
 
-static inline bool split_pop(struct vhost_queue *q, struct chain *chain)
+static inline bool split_take(struct vhost_queue *q, struct chain *chain, enum walk walk)
 {
     struct ring *r = &q->ring;
     uint16_t size = r->size;
@@ -60,10 +61,10 @@ static inline bool split_pop(struct vhost_queue *q, struct chain *chain)
     } else if (unlikely(has_bit(q->busy[head / 64], head % 64))) {
         fault = VHOST_FAULT_HEAD_BUSY;
     } else {
-        fault = split_walk(q, head, chain);
+        fault = split_walk(q, head, chain, walk);
     }
     if (unlikely(fault)) {
-        queue_break(q, fault);
+        chain_fail(q, fault, walk);
         return false;
     }
     q->busy[head / 64] |= UINT64_C(1) << (head % 64);

@@ -284,6 +284,112 @@ static void a_region_outlives_its_tables(void)
     close(fd);
 }
 
+/* ---- views ---- */
+
+static struct vhost_memory *view(const struct guest *g, const struct vhost_translation *entries,
+                                 uint32_t n)
+{
+    struct vhost_memory *m;
+
+    CHECK_EQ(vhost_memory_view(g->memory, entries, n, &m), 0);
+    return m;
+}
+
+static int view_error(const struct guest *g, struct vhost_translation a, struct vhost_translation b)
+{
+    struct vhost_translation entries[] = {a, b};
+    struct vhost_memory *m = NULL;
+    int err = vhost_memory_view(g->memory, entries, 2, &m);
+
+    CHECK(m == NULL);
+    return err;
+}
+
+static void what_is_no_view_is_refused(void)
+{
+    struct guest g = guest_new(GUEST_SIZE, GUEST_SIZE / 2);
+    struct vhost_translation good = {0x1000, PAGE, GUEST_BASE, VHOST_ACCESS_READ};
+    struct vhost_translation next = {0x2000, PAGE, GUEST_BASE, VHOST_ACCESS_READ};
+    struct vhost_memory *m, *nested = NULL;
+
+    struct vhost_translation wrong[] = {
+        {0x1fff, PAGE, GUEST_BASE, VHOST_ACCESS_READ},
+        {0x2000, 0, GUEST_BASE, VHOST_ACCESS_READ},
+        {UINT64_MAX - PAGE + 1, PAGE, GUEST_BASE, VHOST_ACCESS_READ},
+        {0x2000, PAGE, GUEST_BASE, 0},
+        {0x2000, PAGE, GUEST_BASE, 4},
+    };
+    uint64_t outside[] = {GUEST_BASE - 1, GUEST_BASE + GUEST_SIZE - PAGE + 1,
+                          GUEST_BASE + GUEST_SIZE / 2 - 1};
+
+    for (size_t i = 0; i < ARRAY_SIZE(wrong); i++)
+        CHECK_EQ(view_error(&g, good, wrong[i]), -EINVAL);
+    for (size_t i = 0; i < ARRAY_SIZE(outside); i++) {
+        next.guest_addr = outside[i];
+        CHECK_EQ(view_error(&g, good, next), -EFAULT);
+    }
+    next.guest_addr = GUEST_BASE;
+    CHECK_EQ(view_error(&g, next, good), -EINVAL);
+    m = view(&g, &good, 1);
+    CHECK_EQ(vhost_memory_view(m, &good, 1, &nested), -EINVAL);
+    CHECK(nested == NULL);
+    vhost_memory_unref(m);
+    guest_free(&g);
+}
+
+static void addresses_are_looked_up(void)
+{
+    enum { N = 100 };
+    struct guest g = guest_new(GUEST_SIZE, 0);
+    struct vhost_translation entries[N];
+    uint32_t hint = UINT32_MAX; /* of another view */
+    uint64_t room;
+
+    for (uint32_t i = 0; i < N; i++)
+        entries[i] = (struct vhost_translation){UINT64_C(3) * PAGE * i, PAGE,
+                                                GUEST_BASE + PAGE * (N - i), i % 3 + 1};
+    struct vhost_memory *m = view(&g, entries, N);
+    CHECK(vhost_memory_translate(m, 0, 1) == NULL);
+    for (uint32_t n = 0; n < 2 * N; n++) {
+        uint32_t i = n * 37 % N;
+        uint64_t iova = entries[i].iova + 5;
+        for (unsigned access = 1; access <= 3; access++) {
+            const char *host = view_find(m, iova, access, &hint, &room);
+            if ((entries[i].access & access) != access) {
+                CHECK(host == NULL);
+                continue;
+            }
+            CHECK(host == (char *)vhost_memory_translate(g.memory, entries[i].guest_addr, 1) + 5);
+            CHECK_EQ(room, PAGE - 5);
+        }
+        CHECK(view_find(m, entries[i].iova + PAGE, VHOST_ACCESS_READ, &hint, &room) == NULL);
+    }
+    vhost_memory_unref(m);
+    guest_free(&g);
+}
+
+static void a_view_keeps_its_memory(void)
+{
+    struct guest g = guest_new(GUEST_SIZE, 0);
+    struct vhost_translation whole = {0, GUEST_SIZE, GUEST_BASE,
+                                      VHOST_ACCESS_READ | VHOST_ACCESS_WRITE};
+    struct vhost_memory *m = view(&g, &whole, 1);
+    uint32_t hint = 0;
+    uint64_t room = 0;
+
+    vhost_memory_unref(g.memory);
+    char *host = view_find(m, 0, VHOST_ACCESS_WRITE, &hint, &room);
+    CHECK_EQ(room, GUEST_SIZE);
+    memset(host, 1, GUEST_SIZE);
+    CHECK_EQ(memory_guest_addr(m, host + 7, &hint), GUEST_BASE + 7);
+    CHECK(!memory_is_broken(m));
+    CHECK_EQ(ftruncate(g.fd, 0), 0);
+    CHECK_EQ(((volatile char *)host)[PAGE], 0);
+    CHECK(memory_is_broken(m));
+    g.memory = m;
+    guest_free(&g);
+}
+
 static const struct test tests[] = {
     TEST(a_region_shares_its_file),
     TEST(an_offset_need_not_be_a_page),
@@ -299,5 +405,8 @@ static const struct test tests[] = {
     TEST(a_truncated_file_breaks_its_own_memory_only),
     TEST(a_sigbus_of_others_still_kills),
     TEST(a_region_outlives_its_tables),
+    TEST(what_is_no_view_is_refused),
+    TEST(addresses_are_looked_up),
+    TEST(a_view_keeps_its_memory),
 };
 MAIN(tests)

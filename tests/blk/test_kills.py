@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.frontend import iommu
 from tests.frontend.blk import LAYOUTS, SECTOR
 from tests.frontend.server import Server
 from tests.frontend.session import F_IN_ORDER
@@ -72,3 +73,24 @@ def test_kills_in_a_row(
     assert server.stop() == 0
     assert (disk_directory / "disk.img").read_bytes() == writer.content
     assert server.output.count("was ended by SIGKILL: it is started again") == kills
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("cache", ["writeback"])
+def test_kills_behind_an_iommu(server: Server, disk_directory: Path, layout: str) -> None:
+    """What is to be done once more lies at addresses that the next server has to ask for."""
+    features = iommu.LAYOUTS[layout]
+    with iommu.IommuSurvivor(disk_directory / "s", queues=2, features=features) as disk:
+        writer = Writer(disk, seed=2)
+        for _ in range(20):
+            writer.fill()
+            disk.iommu.invalidate(0, iommu.EVERYTHING)
+            writer.take(writer.random.randrange(DEPTH))
+            writer.fill()
+            os.kill(worker(server), signal.SIGKILL)
+            disk.wire.wait_closed()
+            disk.reconnect()
+        writer.finish()
+        writer.check()
+    assert server.stop() == 0
+    assert (disk_directory / "disk.img").read_bytes() == writer.content

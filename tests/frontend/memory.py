@@ -43,7 +43,7 @@ class Region:
         self.map = mmap.mmap(self.fd, size, offset=offset)
         self.view = memoryview(self.map)
         # The first and the last page stay out of the allocator: tests place things there.
-        self._holes = [(guest_addr + PAGE, guest_addr + size - PAGE)]
+        self.holes = [(guest_addr + PAGE, guest_addr + size - PAGE)]
 
     def __enter__(self) -> Self:
         return self
@@ -59,10 +59,10 @@ class Region:
         return wire.region(self.guest_addr, self.size, self.user_addr, self.offset)
 
     def alloc(self, size: int, align: int) -> int | None:
-        for i, (low, high) in enumerate(self._holes):
+        for i, (low, high) in enumerate(self.holes):
             start = -(-low // align) * align
             if start + size <= high:
-                self._holes[i : i + 1] = [
+                self.holes[i : i + 1] = [
                     hole for hole in ((low, start), (start + size, high)) if hole[0] < hole[1]
                 ]
                 return start
@@ -70,13 +70,13 @@ class Region:
 
     def release(self, address: int, size: int) -> None:
         merged: list[tuple[int, int]] = []
-        for low, high in sorted([*self._holes, (address, address + size)]):
+        for low, high in sorted([*self.holes, (address, address + size)]):
             if merged and merged[-1][1] >= low:
                 assert merged[-1][1] == low, f"double free at {low:#x}"
                 merged[-1] = (merged[-1][0], high)
             else:
                 merged.append((low, high))
-        self._holes = merged
+        self.holes = merged
 
     def truncate(self, size: int) -> None:
         """Shorten the file.  From here on touching the lost part, by us too, is SIGBUS."""

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from .blk import FEATURES, BlkClient
+from .memory import GuestMemory
 from .ring import SplitRing
 from .session import PROTOCOL_WANTED
 from .wire import Protocol, Wire
@@ -24,9 +25,16 @@ class Survivor(BlkClient):
         size: int = 64,
         features: int = FEATURES,
         protocol: int = PROTOCOL,
+        memory: GuestMemory | None = None,
     ) -> None:
         super().__init__(
-            path, queues=queues, size=size, features=features, protocol=protocol, start=False
+            path,
+            queues=queues,
+            size=size,
+            features=features,
+            protocol=protocol,
+            memory=memory,
+            start=False,
         )
         self._path = path
         self._wanted = features, protocol

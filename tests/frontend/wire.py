@@ -12,6 +12,7 @@ import enum
 import os
 import socket
 import struct
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ REGION = struct.Struct("=QQQQ")
 CONFIG = struct.Struct("=III")
 INFLIGHT = struct.Struct("=QQHH")
 LOG = struct.Struct("=QQ")
+IOTLB = struct.Struct("=QQQBB6x")
 
 VERSION = 1
 REPLY = 4
@@ -152,6 +154,10 @@ def single_region(packed: bytes) -> bytes:
     return bytes(8) + packed
 
 
+def iotlb(iova: int, size: int, user_addr: int, access: int, kind: int) -> bytes:
+    return IOTLB.pack(iova, size, user_addr, access, kind)
+
+
 def config(offset: int, data: bytes, *, size: int | None = None, flags: int = 0) -> bytes:
     return CONFIG.pack(offset, len(data) if size is None else size, flags) + data
 
@@ -175,10 +181,14 @@ def closing_fds(fds: Iterable[int]) -> Iterator[None]:
 
 
 class Wire:
-    """A connected vhost-user socket, front-end side.  Blocking, every wait is bounded."""
+    """A connected vhost-user socket, front-end side.  Blocking, every wait is bounded.
+
+    lock: of a message and its answer, where several threads speak.
+    """
 
     def __init__(self, sock: socket.socket, *, timeout: float = TIMEOUT) -> None:
         self.sock = sock
+        self.lock = threading.RLock()
         sock.settimeout(timeout)
 
     @classmethod
@@ -262,8 +272,9 @@ class Wire:
 
     def ask(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> Message:
         """Send a request that has a reply of its own and return the reply."""
-        self.send(request, payload, fds)
-        return self.reply_to(request)
+        with self.lock:
+            self.send(request, payload, fds)
+            return self.reply_to(request)
 
     def reply_to(self, request: int) -> Message:
         reply = self.recv()
@@ -273,14 +284,16 @@ class Wire:
 
     def ack_of(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> int:
         """Send with NEED_REPLY and return the acknowledgement: 0 = done, else refused."""
-        self.send(request, payload, fds, flags=VERSION | NEED_REPLY)
-        return self.reply_to(request).u64
+        with self.lock:
+            self.send(request, payload, fds, flags=VERSION | NEED_REPLY)
+            return self.reply_to(request).u64
 
     def wait_closed(self) -> None:
         """Return when the server has closed the connection.  A message instead is an
         AssertionError, silence is Hung."""
         try:
-            reply = self.recv()
+            with self.lock:
+                reply = self.recv()
         except Closed:
             return
         raise AssertionError(f"the connection should have been closed, got {reply}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ITEMS = range(1, 67)
+ITEMS = range(1, 68)
 _ROW = re.compile(r"^\| (\d+) \| (.+?) \| (.+?) \| (.+?) \|$", re.MULTILINE)
 _REFERENCE = re.compile(r"`([\w/.]+)::(\w*)`")
 _NUMBERED = re.compile(r"(?:def test_|_|[\"'])(?:cp|r|b)(\d\d)(?=[_-])")

@@ -122,5 +122,21 @@ def _nic(index: int, nic: Nic | OwnNic, *, kvm: bool) -> Sequence[str]:
     ]
 
 
+def behind_iommu(count: int, options: str = "") -> tuple[list[str], list[str]]:
+    """Options of so many devices, each added to its own, and what comes before all of them.
+
+    Only devices behind a port have ATS, and QEMU tells vhost of no more than what is invalidated
+    by it.
+    """
+    arguments = ["-device", "intel-iommu,intremap=off,device-iotlb=on"]
+    for port in range(count):
+        arguments += ["-device", f"pcie-root-port,id=port{port},chassis={port},addr={port + 1:#x}"]
+    each = [
+        f"bus=port{port},addr=0,disable-legacy=on,iommu_platform=on,ats=on,{options}".rstrip(",")
+        for port in range(count)
+    ]
+    return each, arguments
+
+
 def _on(setting: bool) -> str:
     return "on" if setting else "off"

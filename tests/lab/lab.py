@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import host, image, initrd, kernel, network, rootfs
-from .devices import Disk, Nic
+from .devices import Disk, Nic, behind_iommu
 from .network import Network
 from .qemu import Guest, Machine, booted
 from .server import BlkDevice, NetDevice, Server, serving
@@ -100,26 +100,29 @@ class Lab:
         *,
         reconnect: bool = False,
         device_options: str = "",
+        iommu: bool = False,
         **settings: Any,
     ) -> AsyncIterator[Guest]:
         """A guest on served devices; the first disk is its root.
 
         Its interfaces are up and addressed, unless it comes from elsewhere (``incoming``).
         ``reconnect``: its disks may lose their server.  ``device_options`` are QEMU's for each
-        device; the settings are those of ``Machine``.
+        device; ``iommu`` puts an IOMMU before them; the settings are those of ``Machine``.
         """
+        options = [device_options] * (len(disks) + len(nics))
+        if iommu:
+            options, settings["arguments"] = behind_iommu(len(options), device_options)
+            settings.setdefault("cmdline", "intel_iommu=on")
+        each = iter(options)
         if all(disk.read_only for disk in disks[:1]):
             settings.setdefault("cmdline", "ro")
         machine = Machine(
             kernel=self._kernel.image,
             initrd=self._initrd,
             disks=[
-                Disk(disk.socket, disk.queues, device_options, reconnect=reconnect)
-                for disk in disks
+                Disk(disk.socket, disk.queues, next(each), reconnect=reconnect) for disk in disks
             ],
-            nics=[
-                Nic(nic.socket, nic.mac or "", nic.queues, nic.mtu, device_options) for nic in nics
-            ],
+            nics=[Nic(nic.socket, nic.mac or "", nic.queues, nic.mtu, next(each)) for nic in nics],
             **settings,
         )
         async with booted(machine, f"guest{next(self._numbers)}", self.directory) as guest:

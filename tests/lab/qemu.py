@@ -41,6 +41,7 @@ class Machine:
     memory_mib: int = 512
     cmdline: str = ""
     arguments: Sequence[str] = ()
+    """What comes before the devices, which may be plugged into it."""
     incoming: Path | None = None
     """The socket on which another QEMU sends the guest, instead of a boot."""
     program: Sequence[str] = ("qemu-system-x86_64",)
@@ -67,6 +68,7 @@ class Machine:
             *("-chardev", f"socket,id=agent,fd={agent_fd}", "-serial", "chardev:agent"),
             *("-chardev", f"socket,id=monitor,fd={monitor_fd}"),
             *("-mon", "chardev=monitor,mode=control"),
+            *self.arguments,
         ]
         for index, disk in enumerate(self.disks):
             command += disk.arguments(index, kvm=kvm)
@@ -74,7 +76,7 @@ class Machine:
             command += nic.arguments(index, kvm=kvm)
         if self.incoming is not None:
             command += ["-incoming", f"unix:{self.incoming}"]
-        return [*command, *self.arguments]
+        return command
 
     def _cmdline(self) -> str:
         # A panic ends QEMU (with -no-reboot) instead of leaving a guest that never answers.

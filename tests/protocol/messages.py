@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from vdev._native import lib
 from vdev.virtio.vhost_user.payloads import (
     CONFIG,
     EMPTY,
     INFLIGHT,
+    IOTLB,
     LOG,
     MEMORY_TABLE,
-    OPAQUE,
     SINGLE_REGION,
     TRANSFER_STATE,
     U64,
@@ -19,6 +20,7 @@ from vdev.virtio.vhost_user.payloads import (
     ConfigAccess,
     Format,
     Inflight,
+    IotlbMessage,
     Log,
     MemoryRegion,
     TransferState,
@@ -47,5 +49,5 @@ BODIES: dict[Format, Any] = {
     SINGLE_REGION: REGION,
     CONFIG: ConfigAccess(0, 4, 0, b"abcd"),
     INFLIGHT: Inflight(4096, 0, 1, 64),
-    OPAQUE: b"whatever",
+    IOTLB: IotlbMessage(0x5000, 0x1000, REGION.user_addr, 3, lib.VHOST_USER_IOTLB_UPDATE),
 }

@@ -15,7 +15,7 @@ from vdev._native import lib
 from vdev.ratelog import RateLimitedLog
 from vdev.virtio.vhost_user.backend_channel import BackendChannel
 from vdev.virtio.vhost_user.codec import REPLY, encode
-from vdev.virtio.vhost_user.payloads import U64
+from vdev.virtio.vhost_user.payloads import IOTLB, U64, IotlbMessage
 
 FdCount = Callable[[], Counter[str]]
 LOG = RateLimitedLog(logging.getLogger("test"), burst=10**6)
@@ -31,7 +31,7 @@ async def test_a_peer_that_never_reads(fd_count: FdCount) -> None:
         channel = BackendChannel(theirs.detach(), LOG)
         try:
             told = 0
-            while not channel._changed:
+            while not channel._waiting:
                 channel.config_changed()
                 told += 1
             for _ in range(1000):
@@ -44,6 +44,30 @@ async def test_a_peer_that_never_reads(fd_count: FdCount) -> None:
             assert data == TOLD * (len(data) // len(TOLD))
             channel.config_changed()
             assert await asyncio.wait_for(loop.sock_recv(ours, 1 << 20), TIMEOUT)
+        finally:
+            channel.close()
+
+
+async def test_of_misses_the_last_of_each_waits(fd_count: FdCount) -> None:
+    """Whoever asks anew, while the peer does not read, asks for that alone."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        ours.setblocking(False)
+        channel = BackendChannel(theirs.detach(), LOG)
+        try:
+            while not channel._waiting:
+                channel.config_changed()
+            for n in range(1000):
+                channel.miss("a ring", n, 1)
+            assert len(channel._waiting) == 2
+            miss = IotlbMessage(999, 0, 0, 1, lib.VHOST_USER_IOTLB_MISS)
+            last = encode(lib.VHOST_USER_BACKEND_IOTLB_MSG, IOTLB.encode(miss))
+            data = b""
+            loop = asyncio.get_running_loop()
+            while not data.endswith(last):
+                data += await asyncio.wait_for(loop.sock_recv(ours, 1 << 20), TIMEOUT)
+            before = data.removesuffix(last)
+            assert before == TOLD * (len(before) // len(TOLD))
         finally:
             channel.close()
 

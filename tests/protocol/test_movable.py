@@ -20,6 +20,7 @@ from vdev.errors import PeerError
 from vdev.ratelog import RateLimitedLog
 from vdev.virtio.vhost_user.backend_channel import BackendChannel
 from vdev.virtio.vhost_user.codec import encode
+from vdev.virtio.vhost_user.iotlb import Iotlb, Translation
 from vdev.virtio.vhost_user.movable import MovableBackend
 from vdev.virtio.vhost_user.payloads import Inflight, Log
 
@@ -40,6 +41,7 @@ async def test_nothing_of_a_session_is_left_out() -> None:
         *("device", "session", "vrings", "_log"),
         *("_regions", "_region_fds", "_memory", "_dirty", "_dirty_fd"),
         *("_inflight", "_inflight_fd", "_channel"),
+        "_view",  # made from the session's translations
         "_transfer",  # while there is one, it does not move
     }
 
@@ -51,6 +53,7 @@ async def test_it_is_the_same_afterwards() -> None:
     session.owned, session.status = True, 7
     session.features, session.protocol_features = device.features, 5
     session.regions = (REGION,)
+    session.iotlb = Iotlb((Translation(0x5000, 4096, REGION.guest_addr, 3, REGION.user_addr),))
     session.log, session.inflight = Log(1 << 20, 0), Inflight(1 << 20, 0, 1, 64)
     ring = session.rings[0]
     ring.size, ring.addresses, ring.enabled = 64, ADDR, True

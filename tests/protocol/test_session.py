@@ -14,7 +14,13 @@ from vdev.virtio.queue import F_RING_PACKED
 from vdev.virtio.spec import RING_FEATURES
 from vdev.virtio.vhost_user.codec import Message
 from vdev.virtio.vhost_user.payloads import ConfigAccess, MemoryRegion, VringAddr, VringState
-from vdev.virtio.vhost_user.session import F_PROTOCOL, F_VERSION_1, MEM_SLOTS, Session
+from vdev.virtio.vhost_user.session import (
+    F_ACCESS_PLATFORM,
+    F_PROTOCOL,
+    F_VERSION_1,
+    MEM_SLOTS,
+    Session,
+)
 from vdev.virtio.vhost_user.table import PROTOCOL_FEATURES, ROWS, TABLE, Needs, Row
 
 QUEUES = 2
@@ -39,7 +45,7 @@ GOOD: dict[str, Any] = {
 
 def new() -> Session:
     return Session(
-        features=RING_FEATURES,
+        features=RING_FEATURES | F_ACCESS_PLATFORM,
         protocol_features=PROTOCOL_FEATURES | EXTRAS,
         num_queues=QUEUES,
         config_size=CONFIG_SIZE,
@@ -106,6 +112,8 @@ def test_accepted_where_everything_is_set_up(row: Row) -> None:
     session = ready()
     if row.needs & Needs.NO_OWNER:
         session.owned = False
+    if row.needs & Needs.IOMMU:
+        session.features = FEATURES | F_ACCESS_PLATFORM
     body = GOOD.get(row.handler, BODIES[row.payload])
     session.commit(session.check(message(row.request, body)))
 
@@ -119,6 +127,7 @@ def test_needs(row: Row) -> None:
         (Needs.FEATURES, without(ready(), "features")),
         (Needs.PROTOCOL, without(ready(), "features", "protocol_features")),
         (Needs.MEMORY, agreed()),
+        (Needs.IOMMU, ready()),
         (Needs.RING_READY, with_memory()),
     ):
         if row.needs & need:
@@ -247,35 +256,6 @@ def test_reset_keeps_memory_and_protocol_features(name: str) -> None:
     assert session.regions == (REGION,)
     assert session.protocol_features == PROTOCOL_FEATURES | EXTRAS
     assert not any(ring.started or ring.enabled or ring.size for ring in session.rings)
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "good"),
-    [
-        (0, 1, True),
-        (0, 3, True),
-        (0, 8, True),
-        (0, 4, False),
-        (0, 7, False),
-        (0, 15, True),
-        (15, 11, False),
-        (15, 14, False),
-        (15, 143, True),
-        (15, 0, True),
-        (0, 16, False),
-        (0, 32, False),
-        (0, 256, False),
-        (0, 1 << 40, False),
-    ],
-)
-def test_status(before: int, after: int, good: bool) -> None:
-    session = agreed()
-    session.status = before
-    if good:
-        say(session, "SET_STATUS", after)
-        assert session.status == after
-    else:
-        refused(session, "SET_STATUS", after)
 
 
 TOP = 1 << 64

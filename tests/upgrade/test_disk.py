@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.frontend import iommu
 from tests.frontend.blk import FEATURES, LAYOUTS, SECTOR, WRITEBACK_OFFSET, BlkClient
+from tests.frontend.iommu import IommuDisk
 from tests.frontend.log import DirtyLog
+from tests.frontend.memory import PAGE
 from tests.frontend.replaced import Replaced, Upgrading, failing
 from tests.frontend.ring import Desc
 from tests.frontend.session import PROTOCOL_WANTED, Session
@@ -98,6 +101,26 @@ def test_again_and_again_under_load(image: Path, layout: str, cache: str) -> Non
         assert server.output == ""
         assert server.terminate_last() == 0
     assert os.listdir() == ["disk.img"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_behind_an_iommu(server: Replaced, layout: str) -> None:
+    """Translations pass over, and are asked for on the same channel."""
+    with IommuDisk("s", queues=2, features=iommu.LAYOUTS[layout]) as disk:
+        disk.write(0, bytes(SECTOR))
+        asked = len(disk.iommu.misses)
+        server.upgrade()
+        disk.write(0, bytes(SECTOR))
+        assert len(disk.iommu.misses) == asked
+        disk.iommu.denied.update(disk.iommu.memory.pages)
+        disk.iommu.invalidate(0, iommu.EVERYTHING)
+        server.upgrade()  # while both rings wait to be there
+        disk.iommu.denied.clear()
+        for page in disk.iommu.memory.pages:
+            disk.iommu.update(page, PAGE)
+        disk.write(0, bytes(SECTOR), queue=1)
+        disk.iommu.invalidate(0, iommu.EVERYTHING)
+        check_under_load(server, disk, 5)
 
 
 def test_what_is_in_flight_is_noted_by_the_next_one(server: Replaced) -> None:

@@ -278,7 +278,7 @@ async def test_a_restored_device_goes_on_in_a_copy(
             found.add((await other.used(0)).id)
         assert found == heads.keys()
         # The allocator that knows what is in use is the first rig's.
-        rig.memory.regions[0]._holes = disk.rig.memory.regions[0]._holes
+        rig.memory.regions[0].holes = disk.rig.memory.regions[0].holes
         await check_io(other, 0, 0x22)
         content = (tmp_path / "copy").read_bytes()
         for n in range(6):

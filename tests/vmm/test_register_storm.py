@@ -209,7 +209,7 @@ async def test_nothing_that_a_guest_does_to_registers_ends_its_machine(
 async def check_all(rig: Rig) -> None:
     """Every device that is left serves a well-behaved driver."""
     # Rings of whoever was before may lie anywhere: the driver's memory begins above them.
-    rig.memory.regions[0]._holes = [(RINGS, rig.ram.size)]
+    rig.memory.regions[0].holes = [(RINGS, rig.ram.size)]
     for plugged in rig.plugs:
         driver: Driver
         if rig.is_pci:

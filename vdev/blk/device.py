@@ -54,6 +54,7 @@ class BlkDevice(NativeDevice):
 
     device_id = lib.VIRTIO_ID_BLOCK
     supports_inflight = True
+    supports_iommu = True
 
     def __init__(
         self,

@@ -55,6 +55,7 @@ class NetDevice(NativeDevice):
     device_id = lib.VIRTIO_ID_NET
     supports_mtu = True
     supports_rarp = True
+    supports_iommu = True
 
     def __init__(
         self,

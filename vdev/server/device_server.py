@@ -14,7 +14,8 @@ from vdev.server.listener import Endpoint
 from vdev.virtio.device import Device
 from vdev.virtio.vhost_user.channel import Channel
 from vdev.virtio.vhost_user.connection import serve_connection
-from vdev.virtio.vhost_user.movable import Gate, MovableBackend
+from vdev.virtio.vhost_user.movable import MovableBackend
+from vdev.virtio.vhost_user.rings import Gate
 
 Stand = Callable[[Descriptors], dict[str, Any]]
 

@@ -34,6 +34,7 @@ class Device(ABC):
     supports_log: its queues can log what they write (`Queue.set_log`).
     supports_inflight: its queues can note what is in flight (`QueueConfig.inflight`).  A device
         that completes in order needs no notes: its used index tells what is left.
+    supports_iommu: its queues can work in what an IOMMU shows of memory (`MemoryView`).
     config_changed: called without arguments when the configuration space changed by itself.
     """
 
@@ -48,6 +49,7 @@ class Device(ABC):
     supports_rarp: bool = False
     supports_log: bool = False
     supports_inflight: bool = False
+    supports_iommu: bool = False
 
     def __init__(self) -> None:
         self.config_changed: list[Callable[[], None]] = []

@@ -52,12 +52,15 @@ class QueueConfig:
     """Everything a queue needs besides memory and device.
 
     features: those that were negotiated, which say whether its ring is packed.  desc, avail, used:
-    guest physical addresses; of a packed ring those of the descriptors, and of the driver's and
-    the device's event suppression.  next_index: where to go on, as in `struct vhost_queue_config`.
+    guest physical addresses, or IOVAs in a `MemoryView`; of a packed ring those of the descriptors,
+    and of the driver's and the device's event suppression.  next_index: where to go on, as in
+    `struct vhost_queue_config`.
     fds: eventfds, or -1; they stay the caller's.  log, log_used: as for `Queue.set_log`.
     inflight: where what is in flight is noted; if it was in use before, the queue goes on from it,
     and next_index does not count (`Device.supports_inflight`).
     gate: awaited before the ring is touched, when all that may be wrong has been found.
+    on_miss: called with an IOVA, and the access (enum vhost_access) for which the queue's view of
+    memory has no translation; the queue waits for another view then (`Device.supports_iommu`).
     """
 
     index: int
@@ -75,6 +78,7 @@ class QueueConfig:
     log_used: int | None = None
     inflight: InflightRegion | None = None
     gate: Callable[[], Awaitable[None]] | None = None
+    on_miss: Callable[[int, int], None] | None = None
 
 
 class Queue(ABC):
@@ -116,6 +120,10 @@ class Queue(ABC):
     @abstractmethod
     async def set_memory(self, memory: GuestMemory) -> None:
         """Drains, then goes on in `memory`."""
+
+    async def extend_memory(self, memory: GuestMemory) -> None:
+        """Goes on in `memory` without a drain: all that the present one has is there."""
+        await self.set_memory(memory)
 
     async def set_log(self, log: DirtyLog | None, used: int | None = None) -> None:
         """Logs what is written to guest memory from the answer on; None = no longer.
@@ -228,6 +236,8 @@ class ServedQueue(Queue):
                 on_broken(fault)
 
         iothread.on_broken(token, broken)
+        if config.on_miss is not None:
+            iothread.on_miss(token, config.on_miss)
         iothread.queues += 1
         try:
             if config.gate is not None:
@@ -272,6 +282,9 @@ class ServedQueue(Queue):
     async def set_memory(self, memory: GuestMemory) -> None:
         await self.iothread.call(lib.vhost_queue_set_memory, self._native, memory.native)
 
+    async def extend_memory(self, memory: GuestMemory) -> None:
+        await self.iothread.call(lib.vhost_queue_extend_memory, self._native, memory.native)
+
     async def set_log(self, log: DirtyLog | None, used: int | None = None) -> None:
         await self.iothread.call(lib.vhost_queue_set_log, self._native, *log_arguments(log, used))
 
@@ -283,7 +296,7 @@ class ServedQueue(Queue):
         return next_index
 
     def _release(self) -> None:
-        self.iothread.forget_broken(self._token)
+        self.iothread.forget(self._token)
         self.iothread.queues -= 1
         result = lib.vhost_queue_free(self._native)
         if result < 0:

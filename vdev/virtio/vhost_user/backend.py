@@ -10,26 +10,23 @@ that go along with the reply (`Row.reply_fds`) are put into it.
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 from vdev._native import lib
 from vdev.dirtylog import DirtyLog
 from vdev.errors import PeerError
-from vdev.inflight import InflightRegion, new_inflight_file
+from vdev.inflight import new_inflight_file
 from vdev.iothread import settle
-from vdev.memory import GuestMemory, Region
 from vdev.ratelog import RateLimitedLog
 from vdev.virtio.device import Device
-from vdev.virtio.queue import Queue, QueueConfig
 from vdev.virtio.spec import describe_features, feature_names, protocol_feature_names, status_names
+from vdev.virtio.vhost_user import offer
 from vdev.virtio.vhost_user.backend_channel import BackendChannel
 from vdev.virtio.vhost_user.channel import close_fds
 from vdev.virtio.vhost_user.codec import Message
-from vdev.virtio.vhost_user.layout import Placement, log_used, place_ring
+from vdev.virtio.vhost_user.kept import check_eventfd, eventfd, keep
+from vdev.virtio.vhost_user.layout import log_used
 from vdev.virtio.vhost_user.mapped import map_inflight, map_log, map_region
 from vdev.virtio.vhost_user.payloads import (
     ConfigAccess,
@@ -40,60 +37,36 @@ from vdev.virtio.vhost_user.payloads import (
     VringAddr,
     VringState,
 )
+from vdev.virtio.vhost_user.ring import VringFd
+from vdev.virtio.vhost_user.rings import Rings
 from vdev.virtio.vhost_user.session import (
     F_LOG_ALL,
+    F_OURS,
     F_PROTOCOL,
     MEM_SLOTS,
     Request,
     Session,
-    VringFd,
 )
 from vdev.virtio.vhost_user.state import decode_state, encode_state
-from vdev.virtio.vhost_user.table import PROTOCOL_FEATURES
 from vdev.virtio.vhost_user.transfer import Transfer, receive, send
 
-_EVENTFD = "anon_inode:[eventfd]"
-_F_INFLIGHT = 1 << lib.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD
 _F_BASE_INFLIGHT: int = lib.VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT
-_F_LOG = 1 << lib.VHOST_USER_PROTOCOL_F_LOG_SHMFD
-_F_MQ = 1 << lib.VHOST_USER_PROTOCOL_F_MQ
-_F_MTU = 1 << lib.VHOST_USER_PROTOCOL_F_MTU
-_F_RARP = 1 << lib.VHOST_USER_PROTOCOL_F_RARP
-_F_MEM_SLOTS = 1 << lib.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
 
 
-@dataclass(slots=True)
-class Vring:
-    """What a ring holds: its three eventfds (-1 = none), and the queue while it is started."""
-
-    kick: int = -1
-    call: int = -1
-    err: int = -1
-    queue: Queue | None = None
-
-
-class Backend:
+class Backend(Rings):
     """One connection's hold on a device; `close` gives everything back."""
 
     def __init__(self, device: Device, log: RateLimitedLog) -> None:
-        self.device = device
-        self._log = log
-        self._regions: dict[MemoryRegion, Region] = {}
-        self._region_fds: dict[MemoryRegion, int] = {}
-        self._memory: GuestMemory | None = None
-        self._dirty: DirtyLog | None = None
-        self._dirty_fd = -1
-        self._inflight: InflightRegion | None = None
-        self._inflight_fd = -1
-        self._channel: BackendChannel | None = None
-        self._transfer: Transfer | None = None
-        self.vrings = [Vring() for _ in range(device.num_queues)]
-        self.session = Session(
-            features=device.features,
-            protocol_features=_protocol_features(device),
+        session = Session(
+            features=offer.virtio_features(device),
+            protocol_features=offer.protocol_features(device),
             num_queues=device.num_queues,
             config_size=len(device.config()),
         )
+        super().__init__(device, session, log)
+        self._dirty_fd = -1
+        self._inflight_fd = -1
+        self._transfer: Transfer | None = None
         device.config_changed.append(self._config_changed)
 
     async def handle(self, message: Message) -> tuple[Request, Any]:
@@ -126,9 +99,9 @@ class Backend:
             for vring in self.vrings:
                 close_fds(fd for fd in (vring.kick, vring.call, vring.err) if fd >= 0)
                 vring.kick = vring.call = vring.err = -1
-            self._memory = self._dirty = self._inflight = None
-            self._dirty_fd = _keep(self._dirty_fd, [])
-            self._inflight_fd = _keep(self._inflight_fd, [])
+            self._memory = self._view = self._dirty = self._inflight = None
+            self._dirty_fd = keep(self._dirty_fd, [])
+            self._inflight_fd = keep(self._inflight_fd, [])
             self._regions.clear()
             self._hold({})
             self.device.release()
@@ -166,9 +139,8 @@ class Backend:
 
     async def set_features(self, body: int, _fds: list[int]) -> None:
         session = self.session
-        ours = F_PROTOCOL | F_LOG_ALL
         if session.features is None or (body ^ session.features) & ~F_LOG_ALL:
-            self.device.negotiate(body & ~ours)
+            self.device.negotiate(body & ~F_OURS)
         await self._set_log(self._dirty if body & F_LOG_ALL else None)
         if not body & F_PROTOCOL:
             for ring in session.rings:
@@ -190,7 +162,7 @@ class Backend:
         await self._end_transfer()
         await self._stop_rings()
         self._inflight = None
-        self._inflight_fd = _keep(self._inflight_fd, [])
+        self._inflight_fd = keep(self._inflight_fd, [])
         self.device.reset()
 
     async def get_status(self, _body: None, _fds: list[int]) -> int:
@@ -219,36 +191,6 @@ class Backend:
         await self._set_memory({r: m for r, m in self._regions.items() if r is not body})
         self._hold({region: fd for region, fd in self._region_fds.items() if region is not body})
 
-    def _hold(self, fds: dict[MemoryRegion, int]) -> None:
-        """The files of the regions, for a process that takes over; others are closed."""
-        close_fds(fd for region, fd in self._region_fds.items() if fds.get(region) != fd)
-        self._region_fds = fds
-
-    async def _set_memory(self, mapped: dict[MemoryRegion, Region]) -> None:
-        """Moves all queues over to a new snapshot; the old one goes when none is left in it."""
-        regions = tuple(mapped)
-        memory = GuestMemory(mapped.values())
-        for ring, vring in zip(self.session.rings, self.vrings, strict=True):
-            if vring.queue is None or ring.addresses is None:
-                continue
-            try:
-                placement = place_ring(
-                    regions, ring.addresses, ring.size, packed=self.session.packed
-                )
-            except PeerError:
-                # The guest addresses may be there still, but they are not the ring's: breaking
-                # it needs a memory that certainly lacks them.
-                await vring.queue.set_memory(GuestMemory(()))
-                continue
-            if placement == ring.placement or vring.queue.fault:
-                await vring.queue.set_memory(memory)
-            else:
-                # The same place for the front-end, another one for the guest.
-                await self._stop_ring(ring.index)
-                await self._start_ring(ring.index, placement, memory, vring.kick)
-        self._memory = memory
-        self._regions = mapped
-
     # The dirty log
 
     async def set_log_base(self, body: Log, fds: list[int]) -> int:
@@ -257,11 +199,11 @@ class Backend:
         if (self.session.features or 0) & F_LOG_ALL:
             await self._set_log(dirty)
         self._dirty = dirty
-        self._dirty_fd = _keep(self._dirty_fd, fds)
+        self._dirty_fd = keep(self._dirty_fd, fds)
         return 0
 
     async def set_log_fd(self, _body: None, fds: list[int]) -> None:
-        _check_eventfd(fds[0], "the log's")
+        check_eventfd(fds[0], "the log's")
 
     async def set_vring_addr(self, body: VringAddr, _fds: list[int]) -> None:
         queue = self.vrings[body.ring].queue
@@ -283,35 +225,34 @@ class Backend:
 
     async def set_inflight_fd(self, body: Inflight, fds: list[int]) -> None:
         self._inflight = map_inflight(body, fds[0], packed=self.session.packed)
-        self._inflight_fd = _keep(self._inflight_fd, fds)
+        self._inflight_fd = keep(self._inflight_fd, fds)
 
     # Rings
 
     async def set_vring_kick(self, body: VringFd, fds: list[int]) -> None:
         vring = self.vrings[body.ring]
-        kick = _eventfd(body, fds)
+        kick = eventfd(body, fds)
         if vring.queue is not None:
             await vring.queue.set_kick(kick)
         else:
-            assert self._memory is not None
             placement = self.session.place(body.ring)
             await self._end_transfer()
-            await self._start_ring(body.ring, placement, self._memory, kick)
-        vring.kick = _keep(vring.kick, fds)
+            await self._start_ring(body.ring, placement, self._shown, kick)
+        vring.kick = keep(vring.kick, fds)
 
     async def set_vring_call(self, body: VringFd, fds: list[int]) -> None:
         vring = self.vrings[body.ring]
-        call = _eventfd(body, fds)
+        call = eventfd(body, fds)
         if vring.queue is not None:
             await vring.queue.set_call(call)
-        vring.call = _keep(vring.call, fds)
+        vring.call = keep(vring.call, fds)
 
     async def set_vring_err(self, body: VringFd, fds: list[int]) -> None:
         vring = self.vrings[body.ring]
-        err = _eventfd(body, fds)
+        err = eventfd(body, fds)
         if vring.queue is not None:
             await vring.queue.set_err(err)
-        vring.err = _keep(vring.err, fds)
+        vring.err = keep(vring.err, fds)
 
     async def get_vring_base(self, body: VringState, _fds: list[int]) -> VringState:
         """The ring stops before the answer; the kick fd is given back.
@@ -320,7 +261,7 @@ class Backend:
         """
         await self._stop_ring(body.ring, suspend=self.session.has_protocol(_F_BASE_INFLIGHT))
         vring = self.vrings[body.ring]
-        vring.kick = _keep(vring.kick, [])
+        vring.kick = keep(vring.kick, [])
         return VringState(body.ring, self.session.base(body.ring))
 
     async def set_vring_enable(self, body: VringState, _fds: list[int]) -> None:
@@ -335,55 +276,6 @@ class Backend:
             await queue.set_enabled(enabled)
         if not enabled:
             self.device.queue_enabled(index, False)
-
-    async def _start_ring(
-        self,
-        index: int,
-        placement: Placement,
-        memory: GuestMemory,
-        kick: int,
-        gate: Callable[[], Awaitable[None]] | None = None,
-    ) -> None:
-        ring, vring = self.session.rings[index], self.vrings[index]
-        assert ring.addresses is not None
-        config = QueueConfig(
-            index=index,
-            size=ring.size,
-            features=self.session.features or 0,
-            desc=placement.desc.start,
-            avail=placement.avail.start,
-            used=placement.used.start,
-            next_index=self.session.base(index),
-            enabled=ring.enabled,
-            kick_fd=kick,
-            call_fd=vring.call,
-            err_fd=vring.err,
-            log=self._dirty if self.session.logging else None,
-            log_used=log_used(ring.addresses),
-            inflight=self._inflight,
-            gate=gate,
-        )
-
-        def broken(fault: str) -> None:
-            self._log.warning(
-                "%s: queue %d broke by its guest's fault: %s", self.device.name, index, fault
-            )
-
-        vring.queue = await self.device.start_queue(config, memory, broken)
-
-    async def _stop_ring(self, index: int, *, suspend: bool = False) -> None:
-        vring = self.vrings[index]
-        if (queue := vring.queue) is not None:
-            base = await (queue.suspend() if suspend else queue.stop())
-            self.session.rings[index].base = base
-            vring.queue = None
-
-    async def _stop_rings(self) -> None:
-        """All at once: each drains its own requests."""
-        stops = (self._stop_ring(index) for index in range(len(self.vrings)))
-        for outcome in await asyncio.gather(*stops, return_exceptions=True):
-            if outcome is not None:
-                raise outcome
 
     # The device
 
@@ -434,48 +326,8 @@ class Backend:
         if self._channel is not None:
             self._channel.close()
         self._channel = channel
+        self._ask_again()
 
     def _config_changed(self) -> None:
         if self._channel is not None:
             self._channel.config_changed()
-
-
-def _protocol_features(device: Device) -> int:
-    features: int = PROTOCOL_FEATURES
-    if not device.supports_multiqueue:
-        features &= ~_F_MQ
-    if not device.supports_log:
-        features &= ~_F_LOG
-    if device.supports_inflight:
-        features |= _F_INFLIGHT | 1 << _F_BASE_INFLIGHT
-    if device.supports_mtu:
-        features |= _F_MTU
-    if device.supports_rarp:
-        features |= _F_RARP
-    # QEMU up to 7.2 drives each queue pair as if it were a device.  It sends SET_MEM_TABLE for the
-    # first only, but ADD_MEM_REG and REM_MEM_REG for all, on the one connection.
-    if device.queue_groups > 1:
-        features &= ~_F_MEM_SLOTS
-    return features
-
-
-def _eventfd(body: VringFd, fds: list[int]) -> int:
-    """The descriptor that came along, or -1. Raises PeerError where it is no eventfd."""
-    if not body.has_fd:
-        return -1
-    _check_eventfd(fds[0], f"ring {body.ring}: the")
-    return fds[0]
-
-
-def _check_eventfd(fd: int, whose: str) -> None:
-    # Reading or writing anything else could block the iothread, or reach a file.
-    kind = os.readlink(f"/proc/self/fd/{fd}")
-    if kind != _EVENTFD:
-        raise PeerError(f"{whose} descriptor is {kind}, expected an eventfd")
-
-
-def _keep(old: int, fds: list[int]) -> int:
-    """Closes what was held and holds what came; empties `fds`."""
-    if old >= 0:
-        close_fds([old])
-    return fds.pop() if fds else -1

@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Where the three parts of a ring are, in guest addresses."""
+    """Where the three parts of a ring are, in guest addresses or IOVAs."""
 
     desc: Part
     avail: Part
@@ -59,9 +59,9 @@ def check_size(size: int, *, packed: bool) -> None:
 
 
 def place_ring(
-    regions: Iterable[MemoryRegion], addresses: VringAddr, size: int, *, packed: bool
+    regions: Iterable[MemoryRegion] | None, addresses: VringAddr, size: int, *, packed: bool
 ) -> Placement:
-    """Where a ring of `size` entries lies.
+    """Where a ring of `size` entries lies; in IOVAs, which its addresses are, without `regions`.
 
     Raises PeerError where a part is misaligned, is not wholly within one region, or overlaps
     another part.
@@ -73,7 +73,9 @@ def place_ring(
     for (name, alignment), user_addr, length in zip(
         _PACKED if packed else _SPLIT, users, sizes, strict=True
     ):
-        start = guest_address(regions, user_addr, length)
+        start = user_addr if regions is None else guest_address(regions, user_addr, length)
+        if start + length > ADDRESS_SPACE:
+            raise PeerError(f"{name} at {start:#x}: past the end of the address space")
         if start % alignment:
             raise PeerError(f"{name} at {start:#x}: not aligned to {alignment} bytes")
         parts.append(Part(name, start, length))

@@ -12,7 +12,6 @@ What comes is ours, of the same version, and may still be damaged on the way: `r
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from vdev.descriptors import Descriptors
@@ -21,12 +20,13 @@ from vdev.memory import GuestMemory
 from vdev.virtio.queue import BrokenQueue
 from vdev.virtio.vhost_user.backend import Backend
 from vdev.virtio.vhost_user.backend_channel import BackendChannel
+from vdev.virtio.vhost_user.iotlb import Iotlb, Lack, Translation
 from vdev.virtio.vhost_user.layout import Part, Placement
 from vdev.virtio.vhost_user.mapped import map_inflight, map_log, map_region
 from vdev.virtio.vhost_user.payloads import Inflight, Log, MemoryRegion, VringAddr
-from vdev.virtio.vhost_user.session import F_LOG_ALL, F_PROTOCOL, Ring, Session
-
-Gate = Callable[[], Awaitable[None]]
+from vdev.virtio.vhost_user.ring import Ring
+from vdev.virtio.vhost_user.rings import Gate
+from vdev.virtio.vhost_user.session import F_OURS, Session
 
 
 class MovableBackend(Backend):
@@ -61,9 +61,13 @@ class MovableBackend(Backend):
 
     @property
     def to_start(self) -> list[Ring]:
-        """The rings that the front-end has started and nobody serves."""
+        """The rings that the front-end has started and nobody serves, though they could be."""
         rings = zip(self.session.rings, self.vrings, strict=True)
-        return [ring for ring, vring in rings if ring.started and vring.queue is None]
+        return [
+            ring
+            for ring, vring in rings
+            if ring.started and vring.queue is None and not self._waits(ring)
+        ]
 
     async def go_on(self, gate: Gate | None = None) -> None:
         """Serves the rings that the front-end has started; gate: see `QueueConfig`.
@@ -74,12 +78,19 @@ class MovableBackend(Backend):
             async with asyncio.TaskGroup() as group:
                 for ring in self.to_start:
                     assert ring.placement is not None
-                    assert self._memory is not None
                     kick = self.vrings[ring.index].kick
-                    start = self._start_ring(ring.index, ring.placement, self._memory, kick, gate)
+                    start = self._start_ring(ring.index, ring.placement, self._shown, kick, gate)
                     group.create_task(start)
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
+        for ring in self.session.rings:
+            for part, lack in self._waits(ring).items():
+                self._ask(ring.index, part, lack)
+
+    def _waits(self, ring: Ring) -> dict[int, Lack]:
+        """For what a ring that the front-end has started waits."""
+        iotlb = self.session.iotlb if self.session.translated else None
+        return self._lacks_of(ring.placement, iotlb) if ring.placement is not None else {}
 
     @property
     def halted(self) -> list[dict[str, Any]]:
@@ -116,7 +127,7 @@ class MovableBackend(Backend):
         session = self.session
         _restore_session(session, state["session"])
         if session.features is not None:
-            accepted = session.features & ~(F_PROTOCOL | F_LOG_ALL)
+            accepted = session.features & ~F_OURS
             if lacking := accepted & ~self.device.features:
                 raise PeerError(f"features {lacking:#x} are in use, and not offered any more")
             self.device.negotiate(accepted)
@@ -147,6 +158,7 @@ def _save_session(session: Session) -> dict[str, Any]:
         "protocol_features": session.protocol_features,
         "status": session.status,
         "regions": session.regions,
+        "iotlb": session.iotlb.entries,
         "log": session.log,
         "inflight": session.inflight,
         "rings": [
@@ -170,6 +182,7 @@ def _restore_session(session: Session, state: dict[str, Any]) -> None:
     session.protocol_features = _optional_int(state["protocol_features"])
     session.status = int(state["status"])
     session.regions = tuple(MemoryRegion(*region) for region in state["regions"])
+    session.iotlb = Iotlb(tuple(Translation(*entry) for entry in state["iotlb"]))
     session.log = Log(*state["log"]) if state["log"] is not None else None
     session.inflight = Inflight(*state["inflight"]) if state["inflight"] is not None else None
     for ring, saved in zip(session.rings, state["rings"], strict=True):

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from vdev._native import ffi, lib
 from vdev.errors import PeerError
-from vdev.virtio.vhost_user.codec import MAX_PAYLOAD
 
 
 class VringState(NamedTuple):
@@ -60,6 +59,16 @@ class Inflight(NamedTuple):
     mmap_offset: int
     num_queues: int
     queue_size: int
+
+
+class IotlbMessage(NamedTuple):
+    """access and type: of enum vhost_access and enum vhost_user_iotlb_type."""
+
+    iova: int
+    size: int
+    user_addr: int
+    access: int
+    type: int
 
 
 class TransferState(NamedTuple):
@@ -120,6 +129,8 @@ _TABLE = _packed("struct vhost_user_memory_header")
 _CONFIG = _packed("struct vhost_user_config_header")
 _INFLIGHT = _packed("struct vhost_user_inflight")
 _INFLIGHT_SIZE: int = ffi.sizeof("struct vhost_user_inflight")
+_IOTLB = _packed("struct vhost_user_iotlb")
+_IOTLB_SIZE: int = ffi.sizeof("struct vhost_user_iotlb")
 _MAX_REGIONS: int = lib.VHOST_USER_MEM_REGIONS
 _MAX_CONFIG: int = lib.VHOST_USER_CONFIG_MAX
 
@@ -185,5 +196,11 @@ INFLIGHT = Format(
     lambda payload: Inflight(*_INFLIGHT.unpack_from(payload)),
     lambda value: _INFLIGHT.pack(*value).ljust(_INFLIGHT_SIZE, b"\0"),
 )
-# A message that is refused whatever it says.
-OPAQUE = Format("opaque", 0, MAX_PAYLOAD, lambda payload: payload, lambda value: bytes(value))
+# With padding, too, which QEMU sends along.
+IOTLB = Format(
+    "IOTLB message",
+    _IOTLB.size,
+    _IOTLB_SIZE,
+    lambda payload: IotlbMessage(*_IOTLB.unpack_from(payload)),
+    lambda value: _IOTLB.pack(*value).ljust(_IOTLB_SIZE, b"\0"),
+)

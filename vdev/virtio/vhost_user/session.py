@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from vdev._native import ffi, lib
+from vdev._native import lib
 from vdev.errors import NotSupported, PeerError
 from vdev.memory import check_overlaps
 from vdev.virtio.queue import F_RING_PACKED, first_index, index_bits
 from vdev.virtio.vhost_user.codec import Message
+from vdev.virtio.vhost_user.iotlb import Iotlb
 from vdev.virtio.vhost_user.layout import (
     F_LOG_USED,
     Placement,
@@ -39,35 +39,34 @@ from vdev.virtio.vhost_user.layout import (
 from vdev.virtio.vhost_user.payloads import (
     ConfigAccess,
     Inflight,
+    IotlbMessage,
     Log,
     MemoryRegion,
     TransferState,
     VringAddr,
     VringState,
 )
+from vdev.virtio.vhost_user.ring import Ring, VringFd
+from vdev.virtio.vhost_user.status import check_status
 from vdev.virtio.vhost_user.table import TABLE, Needs, Row
 
+F_ACCESS_PLATFORM: int = 1 << lib.VIRTIO_F_ACCESS_PLATFORM
 F_LOG_ALL: int = 1 << lib.VHOST_F_LOG_ALL
 F_PROTOCOL: int = 1 << lib.VHOST_USER_F_PROTOCOL_FEATURES
 F_VERSION_1: int = 1 << lib.VIRTIO_F_VERSION_1
+F_OURS: int = F_ACCESS_PLATFORM | F_LOG_ALL | F_PROTOCOL
+"""Features that are not the device's business."""
 MEM_SLOTS: int = lib.VHOST_USER_MEM_SLOTS
 
 _INDEX_MASK: int = lib.VHOST_USER_VRING_INDEX_MASK
 _LOG_SHMFD: int = lib.VHOST_USER_PROTOCOL_F_LOG_SHMFD
 _F_BASE_INFLIGHT: int = lib.VHOST_USER_PROTOCOL_F_GET_VRING_BASE_INFLIGHT
 _F_INFLIGHT: int = lib.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD
+_FOR_IOMMU: int = (
+    1 << lib.VHOST_USER_PROTOCOL_F_BACKEND_REQ | 1 << lib.VHOST_USER_PROTOCOL_F_REPLY_ACK
+)
 _NOFD: int = lib.VHOST_USER_VRING_NOFD
-_DRIVER_OK: int = lib.VIRTIO_STATUS_DRIVER_OK
-_FEATURES_OK: int = lib.VIRTIO_STATUS_FEATURES_OK
-_STATUS_BITS: int = sum(ffi.typeof("enum virtio_status").elements)
 _CONFIG_FLAGS = (0, 1)  # VHOST_SET_CONFIG_TYPE_FRONTEND, _MIGRATION
-
-
-class VringFd(NamedTuple):
-    """SET_VRING_KICK, CALL, ERR: whether a descriptor comes along for the ring."""
-
-    ring: int
-    has_fd: bool
 
 
 class Request(NamedTuple):
@@ -75,25 +74,6 @@ class Request(NamedTuple):
 
     row: Row
     body: Any
-
-
-@dataclass(slots=True)
-class Ring:
-    """What is known of a ring. `placement` is in guest addresses, from when it was started.
-
-    base: where it goes on, or None while the front-end has not said.
-    """
-
-    index: int
-    size: int = 0
-    addresses: VringAddr | None = None
-    base: int | None = None
-    enabled: bool = False
-    placement: Placement | None = None
-
-    @property
-    def started(self) -> bool:
-        return self.placement is not None
 
 
 class Session:
@@ -116,6 +96,7 @@ class Session:
         self.protocol_features: int | None = None
         self.status = 0
         self.regions: tuple[MemoryRegion, ...] = ()
+        self.iotlb = Iotlb()
         self.log: Log | None = None
         self.inflight: Inflight | None = None
         self.rings = [Ring(index) for index in range(num_queues)]
@@ -128,6 +109,11 @@ class Session:
     def packed(self) -> bool:
         """Whether the rings are packed."""
         return bool((self.features or 0) & F_RING_PACKED)
+
+    @property
+    def translated(self) -> bool:
+        """Whether the addresses of rings and buffers are IOVAs."""
+        return bool((self.features or 0) & F_ACCESS_PLATFORM)
 
     def base(self, index: int) -> int:
         """Where ring `index` goes on."""
@@ -189,6 +175,8 @@ class Session:
             raise PeerError("SET_FEATURES must come before")
         if needs & Needs.MEMORY and not self.regions:
             raise PeerError("the memory table must come before")
+        if needs & Needs.IOMMU and not self.translated:
+            raise PeerError("VIRTIO_F_ACCESS_PLATFORM was not accepted")
         if needs & Needs.RING_READY:
             ring = self._ring(body & _INDEX_MASK)
             if not ring.size or ring.addresses is None:
@@ -211,6 +199,8 @@ class Session:
         changed = 0 if self.features is None else body ^ self.features
         if changed & ~F_LOG_ALL and self._running():
             raise PeerError("features other than LOG_ALL cannot change while rings run")
+        if body & F_ACCESS_PLATFORM and ~(self.protocol_features or 0) & _FOR_IOMMU:
+            raise PeerError("VIRTIO_F_ACCESS_PLATFORM goes with BACKEND_REQ and REPLY_ACK only")
         if body & F_LOG_ALL and self.log is not None:
             packed = bool(body & F_RING_PACKED)
             check_logged(self.log, self.regions, self._ring_addresses(), packed=packed)
@@ -282,7 +272,8 @@ class Session:
         # A running ring may be told its addresses again, to switch logging of the used ring.
         if ring.started and placement != ring.placement:
             raise PeerError(f"the addresses of ring {ring.index} cannot change while it runs")
-        self._check_logging((), ((body, ring.size or 1),))
+        if not self.translated:
+            self._check_logging((), ((body, ring.size or 1),))
         return body
 
     def check_set_vring_base(self, body: VringState, _fds: int) -> VringState:
@@ -331,6 +322,9 @@ class Session:
         return checked
 
     def _ring_addresses(self) -> list[tuple[VringAddr, int]]:
+        """Of rings that say themselves where they are logged."""
+        if self.translated:
+            return []
         return [(ring.addresses, ring.size) for ring in self.rings if ring.addresses is not None]
 
     @property
@@ -356,7 +350,11 @@ class Session:
         return placement
 
     def _place(self, addresses: VringAddr, size: int) -> Placement:
-        return place_ring(self.regions, addresses, size, packed=self.packed)
+        regions = None if self.translated else self.regions
+        return place_ring(regions, addresses, size, packed=self.packed)
+
+    def check_iotlb_msg(self, body: IotlbMessage, _fds: int) -> Iotlb:
+        return self.iotlb.after(body, self.regions)
 
     def check_net_set_mtu(self, body: int, _fds: int) -> int:
         low, high = lib.VIRTIO_NET_MTU_MIN, lib.VIRTIO_NET_MTU_MAX
@@ -377,18 +375,7 @@ class Session:
     check_set_config = check_get_config
 
     def check_set_status(self, body: int, _fds: int) -> int:
-        """virtio 1.3, section 2.1: bits are set one after another and cleared only by a reset.
-
-        QEMU sets FEATURES_OK before ACKNOWLEDGE and DRIVER, so their order is not checked.
-        """
-        if body == 0:
-            return body
-        if extra := body & ~_STATUS_BITS:
-            raise PeerError(f"status bits {extra:#x} are unknown")
-        if cleared := self.status & ~body:
-            raise PeerError(f"status bits {cleared:#x} can only be cleared by a reset")
-        if body & _DRIVER_OK and not body & _FEATURES_OK:
-            raise PeerError("DRIVER_OK without FEATURES_OK")
+        check_status(self.status, body)
         return body
 
     def check_set_device_state_fd(self, body: TransferState, _fds: int) -> TransferState:
@@ -411,6 +398,7 @@ class Session:
 
     def commit_set_features(self, body: int) -> None:
         self.features = body
+        self._forget_translations()
         if not body & F_PROTOCOL:
             # "the ring starts directly in the enabled state"
             for ring in self.rings:
@@ -437,6 +425,7 @@ class Session:
     def _set_regions(self, regions: tuple[MemoryRegion, ...]) -> None:
         """A ring that is no longer in memory has broken: it stays where it was until it stops."""
         self.regions = regions
+        self.iotlb = self.iotlb.moved(regions)
         for ring in self.rings:
             if ring.started and ring.addresses is not None:
                 with contextlib.suppress(PeerError):
@@ -453,6 +442,15 @@ class Session:
 
     def commit_get_vring_base(self, body: VringState) -> None:
         self.rings[body.ring].placement = None
+        self._forget_translations()
+
+    def commit_iotlb_msg(self, body: Iotlb) -> None:
+        self.iotlb = body
+
+    def _forget_translations(self) -> None:
+        """While no ring runs a front-end like QEMU takes nothing back."""
+        if not self._running():
+            self.iotlb = Iotlb()
 
     def commit_set_vring_kick(self, body: VringFd) -> None:
         self.rings[body.ring].placement = self.place(body.ring)
@@ -476,6 +474,7 @@ class Session:
         """
         self.status = 0
         self.features = None
+        self.iotlb = Iotlb()
         self.inflight = None
         self.rings = [Ring(ring.index) for ring in self.rings]
 

@@ -17,9 +17,9 @@ from vdev.virtio.vhost_user.payloads import (
     CONFIG,
     EMPTY,
     INFLIGHT,
+    IOTLB,
     LOG,
     MEMORY_TABLE,
-    OPAQUE,
     SINGLE_REGION,
     TRANSFER_STATE,
     U64,
@@ -37,6 +37,7 @@ class Needs(enum.Flag):
     FEATURES = enum.auto()  # the virtio features are agreed
     PROTOCOL = enum.auto()  # VHOST_USER_F_PROTOCOL_FEATURES is agreed
     MEMORY = enum.auto()  # guest memory is known
+    IOMMU = enum.auto()  # VIRTIO_F_ACCESS_PLATFORM is agreed
     RING_READY = enum.auto()  # size and addresses of the ring are known
 
 
@@ -135,7 +136,7 @@ ROWS: tuple[Row, ...] = (
         fds=_ONE,
         protocol_feature=lib.VHOST_USER_PROTOCOL_F_BACKEND_REQ,
     ),
-    Row(lib.VHOST_USER_IOTLB_MSG, "iotlb_msg", OPAQUE, refusal="a vIOMMU is not offered"),
+    Row(lib.VHOST_USER_IOTLB_MSG, "iotlb_msg", IOTLB, needs=Needs.IOMMU | Needs.MEMORY),
     Row(
         lib.VHOST_USER_GET_CONFIG,
         "get_config",

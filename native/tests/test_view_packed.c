@@ -1,0 +1,3 @@
+/* Views of memory, with packed rings. */
+#define PACKED_RINGS
+#include "test_view.c"
