@@ -183,7 +183,6 @@ void events_post(struct vhost_events *events, const struct vhost_event *event);
 
 /* ---- rings: one interface (here) to two layouts (ring_split.c, ring_packed.c) ---- */
 
-struct vhost_queue;
 struct chain;
 
 /* A layout's half of the functions below the queue.  Each ring has a copy: one load less a call,
