@@ -82,7 +82,7 @@ def test_cp24_not_agreed(victim: Target, name: str, letter: str) -> None:
 @LETTERS
 @pytest.mark.parametrize(
     "bit",
-    [0, 3, 7, 15, 16, 17, 31, 33, 38, 40, 63],
+    [0, 3, 7, 15, 16, 17, 31, 38, 40, 63],
     ids="cp28-unoffered-bit-{}".format,
 )
 def test_cp28_unoffered_feature(victim: Target, bit: int, letter: str) -> None:
