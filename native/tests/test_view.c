@@ -293,6 +293,7 @@ static void the_log_is_of_guest_memory(void)
     queue_halt(&r.control, r.queue);
     take_pages(log);
     log_written(r.queue, &iov, 1, 16);
+    log_flush(r.queue);
     p = take_pages(log);
     expect_pages(&p, BUFFERS + 5 * AREA, 16);
     forget_pages(&p, BUFFERS + 5 * AREA, 16);
