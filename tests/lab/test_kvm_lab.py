@@ -81,7 +81,11 @@ def test_output_streams_and_the_exit_code_comes_out(
     assert not _qemus(results)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.long)],
+    ids=lambda n: n.name,
+)
 def test_a_lab_that_is_ended_leaves_nothing_running(
     lab: Callable[..., subprocess.Popen[bytes]], tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -181,6 +185,7 @@ sys.exit(pytest.main(["-v", "-p", "no:cacheprovider", "--color=no", "tests/lab/i
 """
 
 
+@pytest.mark.long
 def test_what_becomes_of_tests_inside_is_seen_outside(tmp_path: Path) -> None:
     """Good, bad and skipped tests; one that kills the lab, and one that follows it."""
     lacks = host.lacks_lab()

@@ -164,6 +164,7 @@ async def test_a_card_of_two_queue_pairs(material: Material, tools: Path, bridge
         await sh("ip address add 10.77.0.2/24 dev eth0; ip link set eth0 up; ping -c 1 10.77.0.1")
 
 
+@pytest.mark.long
 async def test_entropy_and_balloon(material: Material) -> None:
     async with booted(config_of(material.generic, balloon=True, cpus=2)) as guest:
         machine = guest.machine
@@ -195,7 +196,8 @@ async def test_entropy_and_balloon(material: Material) -> None:
         assert (await guest.sh("tr -d '\\0' </run/fill | wc -c")).strip() == "0"
 
 
-@pytest.mark.parametrize("transport", ["pci", pytest.param("mmio", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("transport", ["pci", "mmio"])
 async def test_a_folder_is_shared(material: Material, tmp_path: Path, transport: str) -> None:
     folder = tmp_path / "shared"
     folder.mkdir()
