@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import ErrorDetails
 
 from vdev.errors import UserError
+from vdev.toml import read_toml
 from vdev.units import parse_size
 
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
@@ -121,16 +121,7 @@ def load_config(path: str) -> Config:
     would be right.
     """
     try:
-        text = Path(path).read_bytes().decode()
-        tables = tomllib.loads(text)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not TOML: {error}") from None
-    try:
-        config = Config.model_validate(tables)
+        config = Config.model_validate(read_toml(path))
     except ValidationError as error:
         raise UserError("\n".join(_lines(path, error))) from None
     return _anchored(config, path)

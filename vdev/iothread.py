@@ -13,12 +13,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from vdev._native import ffi, lib
 
-EVENT_BATCH = 64
+_EVENT_BATCH = 64
 T = TypeVar("T")
 
 _FAULTS: dict[int, str] = {
@@ -144,19 +144,14 @@ class IOThread:
         return {"wakeups": out.wakeups, "poll_ns": out.poll_ns, "queues": self.queues}
 
     def _read_events(self) -> None:
-        events = ffi.new("struct vhost_event[]", EVENT_BATCH)
-        count = EVENT_BATCH
-        while count == EVENT_BATCH:
-            count = lib.vhost_events_read(self._events, events, EVENT_BATCH)
-            for at in range(count):
-                event = events[at]
-                if event.kind == lib.VHOST_EVENT_DONE:
-                    self._done(event.token, event.result, event.value)
-                elif event.kind == lib.VHOST_EVENT_MISS:
-                    if missed := self._on_miss.get(event.token):
-                        missed(event.value, event.result)
-                elif callback := self._on_broken.pop(event.token, None):
-                    callback(_FAULTS.get(event.value, f"fault {event.value}"))
+        for event in read_events(self._events):
+            if event.kind == lib.VHOST_EVENT_DONE:
+                self._done(event.token, event.result, event.value)
+            elif event.kind == lib.VHOST_EVENT_MISS:
+                if missed := self._on_miss.get(event.token):
+                    missed(event.value, event.result)
+            elif callback := self._on_broken.pop(event.token, None):
+                callback(_FAULTS.get(event.value, f"fault {event.value}"))
 
     def _done(self, token: int, result: int, value: int) -> None:
         future, _ = self._pending.pop(token)
@@ -165,6 +160,16 @@ class IOThread:
             future.exception()  # nobody need be waiting any more
         else:
             future.set_result(value)
+
+
+def read_events(events: Any) -> Iterator[Any]:
+    """All that has come to a `struct vhost_events *`, each until the next is asked for."""
+    batch = ffi.new("struct vhost_event[]", _EVENT_BATCH)
+    count = _EVENT_BATCH
+    while count == _EVENT_BATCH:
+        count = lib.vhost_events_read(events, batch, _EVENT_BATCH)
+        for at in range(count):
+            yield batch[at]
 
 
 async def settle(task: asyncio.Future[T]) -> T:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 import pytest
 import pytest_asyncio
 
 from tests.guest.pausing import check_pauses
+from tests.guest.whole import Machine, booted
 from tests.lab.iperf import iperf, ping
 from tests.lab.lab import Lab
-from tests.lab.network import Network
-from tests.lab.qemu import Guest
-from tests.lab.server import BlkDevice, Server
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -21,28 +18,10 @@ _SIZE = 16 << 20
 _ACCESS_PLATFORM = 33
 
 
-@dataclass(frozen=True)
-class Machine:
-    """The booted guest: vda is its root, vdb `data`, and eth0 on `network`."""
-
-    server: Server
-    guest: Guest
-    data: BlkDevice
-    network: Network
-    lab: Lab
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def machine(lab: Lab, networking: None) -> AsyncIterator[Machine]:
-    root = lab.blk("iommu-root", await lab.root_image())
-    data = lab.blk("iommu-data", lab.blank("iommu-data", _SIZE), queues=2)
-    network = await lab.network()
-    nic = lab.net("iommu", network)
-    async with (
-        lab.serving(root, data, nic) as server,
-        lab.boot([root, data], [nic], iommu=True) as guest,
-    ):
-        yield Machine(server, guest, data, network, lab)
+    async with booted(lab, "iommu", _SIZE, iommu=True) as machine:
+        yield machine
 
 
 async def test_the_driver_accepted_it(machine: Machine) -> None:

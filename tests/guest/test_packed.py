@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 import pytest
 import pytest_asyncio
 
 from tests.guest.pausing import check_pauses
+from tests.guest.whole import Machine, booted
 from tests.lab import fio
 from tests.lab.iperf import iperf, ping
 from tests.lab.lab import Lab
-from tests.lab.network import Network
-from tests.lab.qemu import Guest
-from tests.lab.server import BlkDevice, Server
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
@@ -22,28 +19,10 @@ _SIZE = 64 << 20
 _RING_PACKED = 34
 
 
-@dataclass(frozen=True)
-class Machine:
-    """The booted guest: vda is its root, vdb `data`, and eth0 on `network`."""
-
-    server: Server
-    guest: Guest
-    data: BlkDevice
-    network: Network
-    lab: Lab
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def machine(lab: Lab, networking: None) -> AsyncIterator[Machine]:
-    root = lab.blk("packed-root", await lab.root_image())
-    data = lab.blk("packed-data", lab.blank("packed-data", _SIZE), queues=2)
-    network = await lab.network()
-    nic = lab.net("packed", network)
-    async with (
-        lab.serving(root, data, nic) as server,
-        lab.boot([root, data], [nic], device_options="packed=on") as guest,
-    ):
-        yield Machine(server, guest, data, network, lab)
+    async with booted(lab, "packed", _SIZE, device_options="packed=on") as machine:
+        yield machine
 
 
 async def test_the_driver_accepted_them(machine: Machine) -> None:

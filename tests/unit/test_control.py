@@ -434,7 +434,13 @@ async def test_what_a_stream_was_sent_with_its_request_is_not_lost(tmp_path: Pat
 async def test_a_process_without_descriptors_left_goes_on_later(
     tmp_path: Path, files: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control, "_ACCEPT_AGAIN", 0.01)
+    refused = asyncio.Event()
+
+    async def noticed(server: ControlServer) -> None:
+        refused.set()
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(ControlServer, "_rest", noticed)
     async with serving(tmp_path / "c.sock") as server:
         asking = socket.socket(socket.AF_UNIX)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -443,7 +449,7 @@ async def test_a_process_without_descriptors_left_goes_on_later(
         resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
         try:
             asking.connect(str(server.path))
-            await asyncio.sleep(0.05)
+            await refused.wait()
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         with asking:

@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "vdev.errors",
         "vdev.units",
+        "vdev.toml",
         "vdev.runtime",
         "vdev.closing",
         "vdev.descriptors",

@@ -171,11 +171,14 @@ class ControlServer:
                 except ConnectionError:
                     continue
                 except OSError:
-                    await asyncio.sleep(_ACCEPT_AGAIN)
+                    await self._rest()
                     continue
                 task = asyncio.ensure_future(self._serve(LineSocket(sock)))
                 self._connections.add(task)
                 task.add_done_callback(self._connections.discard)
+
+    async def _rest(self) -> None:
+        await asyncio.sleep(_ACCEPT_AGAIN)
 
     async def _serve(self, peer: LineSocket) -> None:
         try:

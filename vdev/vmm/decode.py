@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vdev.errors import UserError
+from vdev.toml import read_toml
 from vdev.units import parse_size
 from vdev.vmm.config import MachineConfig
 
@@ -34,17 +35,7 @@ def load_machine(path: str, **changes: str) -> MachineConfig:
     Without a name it has the file's; `changes` stand above what the file says. Raises UserError
     with a line for each mistake, which names file, table, key, value and what would be right.
     """
-    import tomllib
-
-    try:
-        tables = tomllib.loads(Path(path).read_bytes().decode())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: not TOML: {error}") from None
-    tables = {"name": Path(path).stem, **tables, **changes}
+    tables = {"name": Path(path).stem, **read_toml(path), **changes}
     return decode(MachineConfig, tables, f"{path}: ", Path(path).resolve().parent)
 
 

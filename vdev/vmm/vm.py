@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 from vdev._native import ffi, lib
 from vdev.errors import UserError
-from vdev.iothread import new_token
+from vdev.iothread import new_token, read_events
 from vdev.memory import GuestMemory
 from vdev.registers import Bus, check
 from vdev.vmm.boot import EntryState
 
-EVENT_BATCH = 16
 KVM = "/dev/kvm"
 
 _SEGMENT_FIELDS = tuple(name for name, _ in ffi.typeof("struct vmm_segment").fields)
@@ -207,20 +206,15 @@ class VM:
         ffi.release(self._events)
 
     def _read_events(self) -> None:
-        events = ffi.new("struct vhost_event[]", EVENT_BATCH)
-        count = EVENT_BATCH
-        while count == EVENT_BATCH:
-            count = lib.vhost_events_read(self._events, events, EVENT_BATCH)
-            for at in range(count):
-                event = events[at]
-                vcpu = self._by_token[event.token]
-                if event.kind == lib.VMM_EVENT_ACCESS:
-                    self._access(vcpu)
-                elif event.kind == lib.VMM_EVENT_EXIT:
-                    reason = _EXITS.get(event.value, f"exit {event.value}")
-                    self._on_exit(Exit(vcpu.index, reason, event.result))
-                elif vcpu.paused is not None and not vcpu.paused.done():
-                    vcpu.paused.set_result(None)
+        for event in read_events(self._events):
+            vcpu = self._by_token[event.token]
+            if event.kind == lib.VMM_EVENT_ACCESS:
+                self._access(vcpu)
+            elif event.kind == lib.VMM_EVENT_EXIT:
+                reason = _EXITS.get(event.value, f"exit {event.value}")
+                self._on_exit(Exit(vcpu.index, reason, event.result))
+            elif vcpu.paused is not None and not vcpu.paused.done():
+                vcpu.paused.set_result(None)
 
     def _access(self, vcpu: Vcpu) -> None:
         task = asyncio.ensure_future(self._answer(vcpu))

@@ -112,6 +112,21 @@ def _struct(name: str, ctype: str, cls: Callable[..., Any]) -> Format:
     )
 
 
+def _padded(name: str, ctype: str, cls: Callable[..., Any]) -> Format:
+    """One that the specification counts without the padding at its end.
+
+    Programs in C send the padding along, and QEMU takes nothing else for an answer.
+    """
+    fields, size = _packed(ctype), ffi.sizeof(ctype)
+    return Format(
+        name,
+        fields.size,
+        size,
+        lambda payload: cls(*fields.unpack_from(payload)),
+        lambda value: fields.pack(*value).ljust(size, b"\0"),
+    )
+
+
 def _packed(ctype: str) -> struct.Struct:
     """The `struct` of the integer fields of a C structure, padding included at the end."""
     codes = {1: "B", 2: "H", 4: "I", 8: "Q"}
@@ -127,10 +142,6 @@ _U64 = struct.Struct("=Q")
 _REGION = _packed("struct vhost_user_mem_region")
 _TABLE = _packed("struct vhost_user_memory_header")
 _CONFIG = _packed("struct vhost_user_config_header")
-_INFLIGHT = _packed("struct vhost_user_inflight")
-_INFLIGHT_SIZE: int = ffi.sizeof("struct vhost_user_inflight")
-_IOTLB = _packed("struct vhost_user_iotlb")
-_IOTLB_SIZE: int = ffi.sizeof("struct vhost_user_iotlb")
 _MAX_REGIONS: int = lib.VHOST_USER_MEM_REGIONS
 _MAX_CONFIG: int = lib.VHOST_USER_CONFIG_MAX
 
@@ -187,20 +198,5 @@ CONFIG = Format(
     _decode_config,
     _encode_config,
 )
-# 20 bytes as the specification counts them.  Programs in C send the padding along, and QEMU takes
-# nothing else for an answer.
-INFLIGHT = Format(
-    "in-flight description",
-    _INFLIGHT.size,
-    _INFLIGHT_SIZE,
-    lambda payload: Inflight(*_INFLIGHT.unpack_from(payload)),
-    lambda value: _INFLIGHT.pack(*value).ljust(_INFLIGHT_SIZE, b"\0"),
-)
-# With padding, too, which QEMU sends along.
-IOTLB = Format(
-    "IOTLB message",
-    _IOTLB.size,
-    _IOTLB_SIZE,
-    lambda payload: IotlbMessage(*_IOTLB.unpack_from(payload)),
-    lambda value: _IOTLB.pack(*value).ljust(_IOTLB_SIZE, b"\0"),
-)
+INFLIGHT = _padded("in-flight description", "struct vhost_user_inflight", Inflight)
+IOTLB = _padded("IOTLB message", "struct vhost_user_iotlb", IotlbMessage)
