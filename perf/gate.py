@@ -1,8 +1,8 @@
 """``make perf-gate``: the short set against what is stored in perf/baseline.json.
 
-Ratios to a peer that was measured side by side carry from machine to machine where absolute
-figures do not; they are stored for each distance of the cores. Instructions a request of the ring
-code carry between machines with an equal toolchain.
+Ratios to a peer that was measured side by side carry from machine to machine of one kind, where
+absolute figures do not; they are stored for each kind of host (perf/host.py) and distance of the
+cores. Instructions a request of the ring code carry between all machines with an equal toolchain.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from perf.comparison import Change, noise_of
 from perf.errors import PerfError
+from perf.host import Host
 from perf.instructions import Instructions, Toolchain
 from perf.model import Suite, Workload
 from perf.results import Row, Run
@@ -47,12 +48,26 @@ class StoredRatio:
 
 
 @dataclass
+class Measured:
+    """What a kind of host showed. `peers`: name → version."""
+
+    host: Host
+    peers: dict[str, str] = field(default_factory=dict)
+    ratios: list[StoredRatio] = field(default_factory=list)
+
+
+@dataclass
 class Baseline:
     """What is stored; `instructions`: a request, by scenario, with this toolchain."""
 
-    ratios: list[StoredRatio] = field(default_factory=list)
+    hosts: list[Measured] = field(default_factory=list)
     toolchain: Toolchain | None = None
     instructions: dict[str, float] = field(default_factory=dict)
+
+    def measured_on(self, host: Host) -> Measured | None:
+        """What is stored of a host of this kind: of several, of the most alike in its costs."""
+        alike = [stored for stored in self.hosts if not stored.host.unlike(host)]
+        return min(alike, key=lambda stored: stored.host.apart(host), default=None)
 
 
 _BASELINE: TypeAdapter[Baseline] = TypeAdapter(Baseline)
@@ -70,7 +85,8 @@ def read(path: Path) -> Baseline:
 
 def write(baseline: Baseline, path: Path) -> None:
     """Writes a baseline, sorted, so that its changes can be read."""
-    baseline.ratios.sort(key=lambda stored: stored.key)
+    for measured in baseline.hosts:
+        measured.ratios.sort(key=lambda stored: stored.key)
     path.write_bytes(_BASELINE.dump_json(baseline, indent=1) + b"\n")
 
 
@@ -104,18 +120,31 @@ def ratios_of(run: Run) -> Iterable[tuple[Row, StoredRatio, Estimate]]:
 
 def changes(baseline: Baseline, run: Run) -> tuple[list[Change], list[str]]:
     """The ratios against the stored ones, and what could not be compared."""
-    known = {stored.key: stored.ratio for stored in baseline.ratios}
+    measured = baseline.measured_on(run.host)
+    if measured is None:
+        differ = [", ".join(run.host.unlike(stored.host)) for stored in baseline.hosts]
+        why = f" ({'; or '.join(differ)})" if differ else ""
+        return [], [f"ratios: no baseline of a host like this{why}; gate --update adds one"]
+    known = {stored.key: stored.ratio for stored in measured.ratios}
     compared, left = [], []
     for row, now, found in ratios_of(run):
         what = f"{row.servers[0].name} / {now.peer}"
         past = known.get(now.key)
+        version = _versions(row)[now.peer]
         if not past:
             left.append(f"{now.workload}, {now.metric}, {what}: no baseline for {now.placement}")
-            continue
-        noise = noise_of(row, now.metric, found)
-        change = Estimate(found.value / past, found.low / past, found.high / past, found.count)
-        compared.append(Change(now.workload, now.metric, what, now.placement, change, noise))
+        elif measured.peers[now.peer] != version:
+            of = measured.peers[now.peer]
+            left.append(f"{now.workload}, {now.metric}, {what}: baseline with {of}, not {version}")
+        else:
+            noise = noise_of(row, now.metric, found)
+            change = Estimate(found.value / past, found.low / past, found.high / past, found.count)
+            compared.append(Change(now.workload, now.metric, what, now.placement, change, noise))
     return compared, left
+
+
+def _versions(row: Row) -> dict[str, str]:
+    return {peer.name: peer.version for peer in row.peers}
 
 
 def instruction_changes(baseline: Baseline, counted: Instructions) -> tuple[list[str], list[str]]:
@@ -134,10 +163,21 @@ def instruction_changes(baseline: Baseline, counted: Instructions) -> tuple[list
 
 
 def update(baseline: Baseline, run: Run, counted: Instructions) -> Baseline:
-    """The baseline with what is known now. Ratios at the other distance stay.
+    """The baseline with what is known now. Ratios at the other distance stay, and those of other
+    kinds of host; of a peer's other version none does.
 
     Ratios of busy rows are not worth storing.
     """
-    ratios = {stored.key: stored for stored in baseline.ratios}
-    ratios |= {stored.key: stored for row, stored, _ in ratios_of(run) if row.calm}
-    return Baseline(list(ratios.values()), counted.toolchain, dict(counted.per_request))
+    past = baseline.measured_on(run.host) or Measured(run.host)
+    calm = [(row, stored) for row, stored, _ in ratios_of(run) if row.calm]
+    peers = past.peers | {name: v for row, _ in calm for name, v in _versions(row).items()}
+    ratios = {
+        stored.key: stored
+        for stored in past.ratios
+        if past.peers[stored.peer] == peers[stored.peer]
+    }
+    ratios |= {stored.key: stored for _, stored in calm}
+    now = Measured(run.host if calm else past.host, peers, list(ratios.values()))
+    others = [measured for measured in baseline.hosts if measured is not past]
+    hosts = [*others, now] if now.ratios else others
+    return Baseline(hosts, counted.toolchain, dict(counted.per_request))

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 from perf import noise
+from perf.host import Host
 from perf.tools import first_line
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,14 +20,6 @@ def _read(path: str, missing: str) -> str:
         return Path(path).read_text().strip()
     except OSError:
         return missing
-
-
-def _cpu() -> str:
-    for line in _read("/proc/cpuinfo", "").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == "model name":
-            return value.strip()
-    return platform.machine()
 
 
 def _hypervisor() -> str:
@@ -46,17 +39,18 @@ def _memory() -> str:
     return f"{total / (1 << 20):.1f} GiB"
 
 
-def facts(cpus: tuple[int, int]) -> dict[str, str]:
+def facts(cpus: tuple[int, int], kind: Host) -> dict[str, str]:
     """By name: CPU, kernel, governor, versions, distance of the two CPUs that are used."""
     governor = _read(
         f"/sys/devices/system/cpu/cpu{cpus[1]}/cpufreq/scaling_governor", "not shown here"
     )
     distance = noise.measure(*cpus)
     found = {
-        "CPU": f"{_cpu()}, {os.cpu_count()} of them",
+        "CPU": f"{kind.cpu}, {os.cpu_count()} of them",
         "machine": _hypervisor(),
         "memory": _memory(),
-        "kernel": f"{platform.system()} {platform.release()}",
+        "kernel": f"{platform.system()} {kind.kernel}",
+        "a system call": f"{kind.system_call_ns:.0f} ns, of a 4 KiB read {kind.read_ns:.0f} ns",
         "governor": governor,
         "client and server on": f"CPU {cpus[0]} and CPU {cpus[1]}",
         "cache line there and back": f"{distance.round_trip_ns:.0f} ns ({distance.placement})",

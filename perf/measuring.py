@@ -21,7 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from perf import machine, results
+from perf import host, machine, results
 from perf.model import Suite, Workload
 from perf.results import Row, Run, SuiteResult
 from perf.run import Options, run_suite
@@ -44,13 +44,15 @@ def measure(
     An interruption is noted in the run, saved, and raised again.
     """
     started = time.monotonic()
+    kind = host.measure()
     run = Run(
         schema_version=results.SCHEMA,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=0.0,
         command=sys.argv[1:],
         commit=machine.commit(),
-        machine=machine.facts(options.cpus),
+        machine=machine.facts(options.cpus, kind),
+        host=kind,
     )
     total = sum(len(workloads) for _, workloads in plan)
     with _progress(console, total) as (advance, say):

@@ -15,10 +15,11 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from perf.errors import PerfError
+from perf.host import Host
 from perf.model import METRICS
 from perf.stats import Estimate, estimate, ratio
 
-SCHEMA = 1
+SCHEMA = 2
 MIXED = "mixed"
 DIED, HUNG, WRONG_DATA, REFUSED = "died", "hung", "wrong data", "refused"
 ERRORS = "errors"
@@ -180,7 +181,8 @@ class SuiteResult:
 
 @dataclass
 class Run:
-    """One call of ``python -m perf run``. `started`: ISO 8601; `machine`: facts by name."""
+    """One call of ``python -m perf run``. `started`: ISO 8601; `machine`: facts by name, to be
+    read; `host`: those that tell whether ratios compare."""
 
     schema_version: int
     started: str
@@ -188,6 +190,7 @@ class Run:
     command: list[str]
     commit: str
     machine: dict[str, str]
+    host: Host
     suites: list[SuiteResult] = field(default_factory=list)
     interrupted: bool = False
 
@@ -203,7 +206,13 @@ def placement_of(windows: Iterable[Window]) -> str:
     return placements.pop() if len(placements) == 1 else MIXED
 
 
+@dataclass
+class _Version:
+    schema_version: int
+
+
 _RUN: TypeAdapter[Run] = TypeAdapter(Run)
+_VERSION: TypeAdapter[_Version] = TypeAdapter(_Version)
 
 
 def write(run: Run, path: Path) -> None:
@@ -215,13 +224,14 @@ def write(run: Run, path: Path) -> None:
 def read(path: Path) -> Run:
     """Reads a run. Raises ResultsError when the file holds none."""
     try:
-        run = _RUN.validate_json(path.read_bytes())
+        content = path.read_bytes()
+        version = _VERSION.validate_json(content).schema_version
+        if version != SCHEMA:
+            raise ResultsError(f"{path} is of version {version}, this reads {SCHEMA}")
+        return _RUN.validate_json(content)
     except OSError as error:
         raise ResultsError(f"{path}: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ResultsError(f"{path} is no results file: {where}: {first['msg']}") from None
-    if run.schema_version != SCHEMA:
-        raise ResultsError(f"{path} is of version {run.schema_version}, this reads {SCHEMA}")
-    return run

@@ -76,7 +76,10 @@ def compare(options: Namespace) -> int:
             raise PerfError("--servers compares two servers of one results file, not of two")
         changes = comparison.servers_of(old, *options.servers)
     elif options.new:
-        changes = comparison.runs(old, results.read(options.new))
+        new = results.read(options.new)
+        changes = comparison.runs(old, new)
+        for difference in new.host.unlike(old.host):
+            _console().print(f"[yellow]another kind of host[/yellow] {escape(difference)}")
     else:
         raise PerfError("compare needs a second results file, or --servers A B")
     if not changes:
@@ -114,7 +117,7 @@ def check_gate(options: Namespace) -> int:
     for line in worse:
         console.print(f"[bold red]worse[/bold red] {escape(line)}", highlight=False)
     if not changes and uncounted:
-        raise PerfError("the baseline knows nothing of this machine: gate --update makes one")
+        raise PerfError("the baseline knows nothing of this machine: gate --update adds it")
     return WORSE if worse or any(c.is_worse(gate.RATIO_THRESHOLD) for c in changes) else GOOD
 
 

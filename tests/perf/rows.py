@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from perf.host import Host
 from perf.results import SCHEMA, Row, Run, ServerResult, SuiteResult, Window
 
 NEAR, FAR, MIXED = "near", "far", "mixed"
+HOST = Host("AMD EPYC", "6.18.44-one", system_call_ns=180.0, read_ns=760.0)
 
 
 def window(number: int, *, placement: str = NEAR, others: float = 0.0, **metrics: float) -> Window:
@@ -45,7 +47,7 @@ def row(
     )
 
 
-def run(*rows: Row) -> Run:
+def run(*rows: Row, host: Host = HOST) -> Run:
     """A run with these rows."""
     suite = SuiteResult("suite", "Suite", list(rows))
-    return Run(SCHEMA, "2026-01-01T00:00:00+00:00", 1.0, [], "abc", {}, [suite])
+    return Run(SCHEMA, "2026-01-01T00:00:00+00:00", 1.0, [], "abc", {}, host, [suite])

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from perf.history import Point, points_of
+from perf.host import Host
 from perf.results import DIED, HUNG, SCHEMA, Failure, Row, Run, ServerResult, SuiteResult, Window
 
 BASE = "vdev"
@@ -257,6 +258,7 @@ def sample_run(
             "hypervisor": "kvm",
             "transparent hugepages": "madvise",
         },
+        host=Host("AMD EPYC 9B14", "6.18.5", system_call_ns=180.0, read_ns=760.0),
         suites=[block_suite(rounds, requests), net_suite(rounds), start_suite(rounds)],
     )
 
