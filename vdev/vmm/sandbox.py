@@ -20,12 +20,12 @@ import resource
 import socket
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vdev._native import ffi, lib
 from vdev.errors import UserError
+from vdev.record import Record
 
 EXIT_CODE: int = lib.SANDBOX_EXIT_CODE
 """How a process ends that made a forbidden system call."""
@@ -53,8 +53,7 @@ class KeptPath(NamedTuple):
     writable: bool = False
 
 
-@dataclass(frozen=True)
-class SandboxOptions:
+class SandboxOptions(Record):
     """What to give up.  Raises UserError for a user or a family that does not exist.
 
     user: a name, "UID" or "UID:GID" to become if started by root; None is a user without a name
