@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("vdev.machine")
 
-NEEDED = ()
+NEEDED = ("binascii",)
 """Extension modules, which cannot be mapped any more afterwards, of modules that are imported when
 they are needed; the rest of them is imported by then."""
 _ENDING = 1000
