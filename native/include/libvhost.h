@@ -212,6 +212,8 @@ int vhost_blk_new(const struct vhost_blk_config *config, struct vhost_device **o
 /* The write cache: on = FLUSH makes durable, off = every write is durable when it completes. */
 void vhost_blk_set_writeback(struct vhost_device *device, bool on);
 void vhost_blk_set_capacity(struct vhost_device *device, uint64_t sectors);
+/* Makes a hole in a file, or behind its end, of which the size stays. */
+int vhost_file_punch(int fd, uint64_t offset, uint64_t len);
 
 struct vhost_net_config {
     const int *tap_fds; /* one a queue pair, IFF_VNET_HDR set, nonblocking */

@@ -101,9 +101,11 @@ static int write_zeroes_by_hand(int fd, off_t offset, off_t len)
     return err;
 }
 
-static int punch(int fd, off_t offset, off_t len)
+int vhost_file_punch(int fd, uint64_t offset, uint64_t len)
 {
-    return fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, len) < 0 ? -errno : 0;
+    int mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+
+    return fallocate(fd, mode, (off_t)offset, (off_t)len) < 0 ? -errno : 0;
 }
 
 static int device_range(int fd, unsigned long request, uint64_t offset, uint64_t len)
@@ -116,7 +118,7 @@ static int device_range(int fd, unsigned long request, uint64_t offset, uint64_t
 static int discard(const struct blk *blk, uint64_t offset, uint64_t len)
 {
     int err = blk->flags & VHOST_BLK_BLOCK_DEVICE ? device_range(blk->fd, BLKDISCARD, offset, len)
-                                                  : punch(blk->fd, (off_t)offset, (off_t)len);
+                                                  : vhost_file_punch(blk->fd, offset, len);
     /* Only a hint (virtio 1.3, section 5.2.6.2): a file system without holes is no error. */
     return err == -EOPNOTSUPP || err == -ENOTTY ? 0 : err;
 }
@@ -128,7 +130,7 @@ static int write_zeroes(const struct blk *blk, uint64_t offset, uint64_t len, bo
     if (blk->flags & VHOST_BLK_BLOCK_DEVICE) {
         err = device_range(blk->fd, BLKZEROOUT, offset, len);
     } else if (unmap) {
-        err = punch(blk->fd, (off_t)offset, (off_t)len);
+        err = vhost_file_punch(blk->fd, offset, len);
     } else if (fallocate(blk->fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, (off_t)offset,
                          (off_t)len) == 0) {
         err = 0;

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "vdev.toml",
         "vdev.runtime",
         "vdev.closing",
+        "vdev.record",
         "vdev.descriptors",
         "vdev.ratelog",
         "vdev.memory",

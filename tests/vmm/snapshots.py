@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import stat
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ def rewrite_manifest(directory: Path, change: Callable[[Any], Any]) -> None:
     manifest = change(manifest)
     if isinstance(manifest, dict):
         text = json.dumps(manifest, sort_keys=True).encode()
-        manifest["checksum"] = hashlib.sha256(text).hexdigest()
+        manifest["checksum"] = zlib.crc32(text)
     (directory / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -163,7 +163,7 @@ def rewrite_state(directory: Path, change: Callable[[Any], Any]) -> None:
     (directory / "state.json").write_bytes(text)
 
     def record(manifest: Any) -> Any:
-        described = {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+        described = {"size": len(text), "crc32": zlib.crc32(text)}
         manifest["files"]["state.json"] = described
         return manifest
 

@@ -27,6 +27,7 @@ import struct
 import time
 from dataclasses import dataclass
 
+from vdev._native import lib
 from vdev.blk import holder
 from vdev.blk.options import CACHE_MODES, LOCKS
 from vdev.errors import UserError
@@ -48,11 +49,8 @@ _NO_LOCKS = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP)
 _SUCCESSION_FIRST = 1 << 61
 _RETRY_SECONDS = 0.002
 
-_FALLOC_FL_KEEP_SIZE = 1
-_FALLOC_FL_PUNCH_HOLE = 2
 
-
-@dataclass
+@dataclass(eq=False, repr=False)
 class Image:
     """An open image.  Sizes in bytes; ``fd`` is -1 for a null image; the holder closes it."""
 
@@ -415,10 +413,5 @@ def _direct_alignment(fd: int) -> int:
 
 def _can_punch_holes(fd: int, size: int) -> bool:
     """Ask by punching behind the end of the file, where there is nothing to lose."""
-    import ctypes  # only where a file is opened for writing
-
     start = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-    fallocate = ctypes.CDLL(None, use_errno=True).fallocate
-    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
-    return bool(fallocate(fd, mode, start, mmap.PAGESIZE) == 0)
+    return bool(lib.vhost_file_punch(fd, start, mmap.PAGESIZE) == 0)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from vdev.blk.options import CACHE_MODES, ENGINES, LOCKS
-from vdev.cli.parsing import Fill, Parser, add_loop_argument, command, whole_number
+from vdev.cli.parsing import Fill, LaterParser, Parser, add_loop_argument, command, whole_number
 from vdev.cli.vm_parser import add_run_parser, add_vm_parsers
 
 EPILOG = """\
@@ -36,7 +36,12 @@ def vdev_parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action=Version, help="print the version and exit")
-    add = parser.add_subparsers(metavar="COMMAND", required=True, prog=parser.prog).add_parser
+    add = parser.add_subparsers(
+        metavar="COMMAND",
+        required=True,
+        prog=parser.prog,
+        parser_class=cast("type[Parser]", LaterParser),
+    ).add_parser
     for name, text, fill in (
         ("blk", "a block device over vhost-user", partial(_add_device, "blk", add_blk_arguments)),
         ("net", "a network device over vhost-user", partial(_add_device, "net", add_net_arguments)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NoReturn
@@ -26,36 +27,55 @@ def _columns() -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are one line.
+    """A parser whose complaints are one line."""
 
-    fill: adds its arguments when it parses some; of all commands one is used.
-    """
-
-    def __init__(self, *, fill: Fill | None = None, **options: Any) -> None:
-        self._fill = fill
+    def __init__(self, **options: Any) -> None:
         style = options.pop("formatter_class", argparse.HelpFormatter)
         super().__init__(**options, formatter_class=partial(style, width=_columns()))
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As it is, with all arguments there."""
-        if self._fill is not None:
-            self._fill(self)
-            self._fill = None
-        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         program = self.prog.split()[0]
         self.exit(2, f"{program}: {message} (see {self.prog} --help)\n")
 
 
-def command(module: str, function: str) -> Callable[[argparse.Namespace], int]:
-    """The function of a command, imported when it is called."""
+class LaterParser:
+    """A command's parser, made when it is the command that is used: one of a dozen.
+
+    fill: adds its arguments.
+    """
+
+    def __init__(self, *, fill: Fill, **options: Any) -> None:
+        self._fill = fill
+        self._options = options
+
+    def parse_known_args(self, args: Any, namespace: Any) -> Any:
+        """As argparse's."""
+        parser = Parser(**self._options)
+        self._fill(parser)
+        return parser.parse_known_args(args, namespace)
+
+
+def command(module: str, function: str, *, tls: bool = True) -> Callable[[argparse.Namespace], int]:
+    """The function of a command, imported when it is called; tls: whether asyncio has it there."""
 
     def run(arguments: argparse.Namespace) -> int:
+        if not tls:
+            import_asyncio_without_tls()
         code: int = getattr(importlib.import_module(module), function)(arguments)
         return code
 
     return run
+
+
+def import_asyncio_without_tls() -> None:
+    """OpenSSL is a tenth of what a machine's start imports, and asyncio can do without: as in a
+    Python that was built so, `ssl` cannot be imported meanwhile (sys.modules has None)."""
+    missing: Any = None
+    sys.modules["ssl"] = missing
+    try:
+        importlib.import_module("asyncio")
+    finally:
+        del sys.modules["ssl"]
 
 
 def whole_number(text: str) -> int:
@@ -65,11 +85,11 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def add_loop_argument(parser: argparse.ArgumentParser) -> None:
-    """Which event loop."""
+def add_loop_argument(parser: argparse.ArgumentParser, default: str = "uvloop") -> None:
+    """Which event loop: uvloop's is quicker, asyncio's is there sooner."""
     parser.add_argument(
         "--loop",
         choices=("uvloop", "asyncio"),
-        default="uvloop",
-        help="event loop; asyncio is for debugging vdev itself",
+        default=default,
+        help=f"event loop (default: {default})",
     )

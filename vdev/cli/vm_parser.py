@@ -74,8 +74,8 @@ def add_run_parser(parser: Parser) -> None:
     add("--clone", action="store_true", help="with --restore, --name: a machine of its own")
     add("--detach", action="store_true", help="return when the machine runs")
     add("--escape", default=ESCAPE, metavar="KEY", help="ends it; a key like ^], or none")
-    add_loop_argument(parser)
-    parser.set_defaults(run=command("vdev.cli.run", "run"))
+    add_loop_argument(parser, default="asyncio")
+    parser.set_defaults(run=command("vdev.cli.run", "run", tls=False))
 
 
 def add_vm_parsers(new: Callable[[str, str], Parser]) -> None:

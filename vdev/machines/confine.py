@@ -19,20 +19,21 @@ import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import vdev
-from vdev.machines.dialer import Dialer
 from vdev.machines.keeper import Keeper
 from vdev.runtime import runtime_dir
 from vdev.vmm.api import VirtualMachine
-from vdev.vmm.cgroup import Cgroup, CgroupLimits
 from vdev.vmm.config import LimitsConfig, MachineConfig
-from vdev.vmm.io_limit import IoLimit
 from vdev.vmm.sandbox import KeptPath, Sandbox, SandboxOptions, other_threads
+
+if TYPE_CHECKING:
+    from vdev.vmm.cgroup import Cgroup, CgroupLimits
 
 _log = logging.getLogger("vdev.machine")
 
-NEEDED = ("_ctypes",)
+NEEDED = ("binascii",)
 """Extension modules, which cannot be mapped any more afterwards, of modules that are imported when
 they are needed; the rest of them is imported by then."""
 _ENDING = 1000
@@ -49,11 +50,7 @@ def kept(machine: VirtualMachine) -> Iterator[None]:
     if machine.vmm != "kvm" or not (config.sandbox.enabled or config.limits.any):
         yield
         return
-    group = Cgroup.enter(config.name, limits_of(config)) if config.limits.any else None
-    if group is not None:
-        machine.cgroup = group.path
-        if config.limits.io is not None:
-            machine.io_limit = IoLimit(group.path, config.limits.io)
+    group = _limited(machine) if config.limits.any else None
     socket = runtime_dir() / f"{config.name}.{os.getpid()}.sock"
 
     def tidy() -> None:
@@ -64,6 +61,8 @@ def kept(machine: VirtualMachine) -> Iterator[None]:
 
     def afterwards() -> None:
         if group is not None:
+            from vdev.vmm.cgroup import Cgroup
+
             # It is our own too. Where a parent hands on controllers it takes nobody back; then
             # the next machine of that name removes it.
             Cgroup(group.path.parent).add(os.getpid())
@@ -72,8 +71,11 @@ def kept(machine: VirtualMachine) -> Iterator[None]:
     keeper = Keeper(tidy, afterwards)
     sockets = [device.socket for device in config.vhost_user]
     sockets += [nic.socket for nic in config.nics if nic.socket is not None]
-    dialer = Dialer(sockets) if sockets else None
-    if dialer is not None:
+    dialer = None
+    if sockets:
+        from vdev.machines.dialer import Dialer
+
+        dialer = Dialer(sockets)
         machine.dial = dialer.connect
     try:
         yield
@@ -83,6 +85,19 @@ def kept(machine: VirtualMachine) -> Iterator[None]:
         keeper.close()
         if machine.io_limit is not None:
             machine.io_limit.close()
+
+
+def _limited(machine: VirtualMachine) -> Cgroup:
+    """This process is in that cgroup then. Raises UserError where there can be none."""
+    from vdev.vmm.cgroup import Cgroup
+    from vdev.vmm.io_limit import IoLimit
+
+    config = machine.config
+    group = Cgroup.enter(config.name, limits_of(config))
+    machine.cgroup = group.path
+    if config.limits.io is not None:
+        machine.io_limit = IoLimit(group.path, config.limits.io)
+    return group
 
 
 async def confine(machine: VirtualMachine) -> None:
@@ -114,6 +129,8 @@ async def confine(machine: VirtualMachine) -> None:
 
 def limits_of(config: MachineConfig) -> CgroupLimits:
     """The limits in a cgroup's words."""
+    from vdev.vmm.cgroup import CgroupLimits
+
     limits: LimitsConfig = config.limits
     io: dict[str, dict[str, int]] | None = None
     if limits.io is not None:

@@ -7,13 +7,16 @@ journal as it does it.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
+from typing import TYPE_CHECKING
 
 from vdev.errors import UserError
-from vdev.net.links import Interface, Link, Links
+from vdev.net.rtnetlink import Link, find_link, set_link
 from vdev.net.state import Journal
 from vdev.net.tap import check_name
+
+if TYPE_CHECKING:
+    from vdev.net.links import Interface, Links
 
 
 async def ensure_bridge(links: Links, journal: Journal, name: str, mtu: int | None) -> Link:
@@ -22,14 +25,14 @@ async def ensure_bridge(links: Links, journal: Journal, name: str, mtu: int | No
     Raises UserError where the interface is no bridge or may not be made.
     """
     check_name(name)
-    bridge = await links.find(name)
+    bridge = find_link(name=name)
     try:
         if bridge is None:
-            bridge = await links.add_bridge(name, _stable_mac(name))
+            bridge = await links.add_bridge(name, _stable_mac(name).hex(":"))
             journal.add({"undo": "delete bridge", "name": name, "index": bridge.index})
             if mtu is not None:
-                await links.change(bridge.index, mtu=mtu)
-            await links.change(bridge.index, state="up")
+                set_link(bridge.index, mtu=mtu)
+            set_link(bridge.index, up=True)
         elif bridge.kind != "bridge":
             raise UserError(
                 f"bridge {name}: this interface exists and is no bridge "
@@ -37,10 +40,10 @@ async def ensure_bridge(links: Links, journal: Journal, name: str, mtu: int | No
             )
         elif not bridge.up:
             journal.add({"undo": "set down", "name": name, "index": bridge.index})
-            await links.change(bridge.index, state="up")
+            set_link(bridge.index, up=True)
     except OSError as error:
         raise UserError(f"bridge {name}: {reason(error)}") from error
-    return await links.find(name) or bridge
+    return find_link(name=name) or bridge
 
 
 async def add_address(links: Links, journal: Journal, link: Link, address: Interface) -> None:
@@ -59,12 +62,12 @@ async def add_address(links: Links, journal: Journal, link: Link, address: Inter
         journal.add(record | {"undo": "delete address", "address": str(address)})
 
 
-async def plug(links: Links, journal: Journal, tap: Link, bridge: Link, *, ours: bool) -> None:
+def plug(journal: Journal, tap: Link, bridge: Link, *, ours: bool) -> None:
     """Makes the tap a port of the bridge; recorded if the tap outlives us. Raises UserError."""
     if tap.master == bridge.index:
         return
     if tap.master:
-        other = await links.at(tap.master)
+        other = find_link(index=tap.master)
         raise UserError(
             f"tap {tap.name}: already plugged into {other.name if other else 'another bridge'}, "
             f"not {bridge.name}: unplug it with: ip link set {tap.name} nomaster"
@@ -73,8 +76,8 @@ async def plug(links: Links, journal: Journal, tap: Link, bridge: Link, *, ours:
         if not ours:
             journal.add({"undo": "unplug", "name": tap.name, "index": tap.index})
         else:
-            await links.change(tap.index, address=_port_mac(tap.name))
-        await links.change(tap.index, master=bridge.index)
+            set_link(tap.index, address=_port_mac(tap.name))
+        set_link(tap.index, master=bridge.index)
     except OSError as error:
         raise UserError(f"tap {tap.name} into bridge {bridge.name}: {reason(error)}") from error
 
@@ -90,16 +93,18 @@ def reason(error: OSError) -> str:
             return os.strerror(error.errno or 0)
 
 
-def _stable_mac(name: str) -> str:
+def _stable_mac(name: str) -> bytes:
     """A fixed address, or a bridge would take that of its lowest port and change with them."""
-    digest = hashlib.sha256(f"{os.uname().nodename} bridge {name}".encode()).digest()
-    return _format((digest[0] & 0xFC) | 0x02, digest)
+    digest = _digest("bridge", name)
+    return bytes([(digest[0] & 0xFC) | 0x02, *digest[1:6]])
 
 
-def _port_mac(name: str) -> str:
+def _port_mac(name: str) -> bytes:
     """The highest there is: a bridge that goes by its lowest port's address will not take it."""
-    return _format(0xFE, hashlib.sha256(f"{os.uname().nodename} port {name}".encode()).digest())
+    return bytes([0xFE, *_digest("port", name)[1:6]])
 
 
-def _format(first: int, digest: bytes) -> str:
-    return bytes([first, *digest[1:6]]).hex(":")
+def _digest(what: str, name: str) -> bytes:
+    import hashlib  # maps a library of 5 MiB
+
+    return hashlib.sha256(f"{os.uname().nodename} {what} {name}".encode()).digest()

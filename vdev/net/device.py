@@ -6,7 +6,6 @@ The frames themselves go between tap and guest in the native half; this is what 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -207,6 +206,8 @@ def parse_mac(text: str) -> bytes:
 
 def stable_mac(name: str) -> bytes:
     """A locally administered address that differs between hosts and names, but not with time."""
+    import hashlib  # maps a library of 5 MiB
+
     try:
         host = Path("/etc/machine-id").read_text().strip()
     except OSError:

@@ -1,8 +1,9 @@
-"""Network interfaces of the host, through rtnetlink (pyroute2).
+"""Bridges and addresses of the host, through rtnetlink (pyroute2).
 
-pyroute2's sockets want an event loop that opens datagram sockets of any family; uvloop's takes
-only those of IP.  So `on_links` runs a whole operation in a thread, in a plain loop of its own,
-whatever loop the caller has.
+pyroute2 is imported where one is made or undone: a tap, also on a bridge that is there, needs
+none of it (`rtnetlink.py`).  Its sockets want an event
+loop that opens datagram sockets of any family; uvloop's takes only those of IP.  So `on_links` runs
+a whole operation in a thread, in a plain loop of its own, whatever loop the caller has.
 """
 
 from __future__ import annotations
@@ -13,92 +14,68 @@ import errno
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from ipaddress import IPv4Interface, IPv6Interface
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
+
+from vdev.net.rtnetlink import Link, find_link
 
 if TYPE_CHECKING:
+    from ipaddress import IPv4Interface, IPv6Interface
+
     from pyroute2 import AsyncIPRoute
 
+    Interface = IPv4Interface | IPv6Interface
+
 T = TypeVar("T")
-Interface = IPv4Interface | IPv6Interface
-_IFF_UP = 1
-_TUN_TYPE_TAP = 2
-
-
-@dataclass(frozen=True, slots=True)
-class TunInfo:
-    """What the tun driver tells of an interface."""
-
-    is_tap: bool
-    packet_info: bool
-    vnet_header: bool
-    multi_queue: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """A network interface as it was when looked at; master: index of its bridge, or 0."""
-
-    index: int
-    name: str
-    up: bool
-    mtu: int
-    master: int
-    kind: str | None
-    tun: TunInfo | None
 
 
 class Links:
-    """The host's interfaces; every method raises OSError where the kernel refuses."""
+    """Within `async with`; every method raises OSError where the kernel refuses."""
 
-    def __init__(self, route: AsyncIPRoute) -> None:
-        self._route = route
+    def __init__(self) -> None:
+        self._stack = contextlib.AsyncExitStack()
+        self._opened: AsyncIPRoute | None = None
 
-    async def find(self, name: str) -> Link | None:
-        return await self._get(ifname=name)
+    async def __aenter__(self) -> Self:
+        return self
 
-    async def at(self, index: int) -> Link | None:
-        return await self._get(index=index)
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
 
-    async def _get(self, **which: Any) -> Link | None:
-        try:
-            with _as_os_error():
-                return _link((await self._route.link("get", **which))[0])
-        except OSError as error:
-            if error.errno == errno.ENODEV:
-                return None
-            raise
+    async def _route(self) -> AsyncIPRoute:
+        if self._opened is None:
+            from pyroute2 import AsyncIPRoute
 
-    async def ports(self, bridge: int) -> list[Link]:
-        """The interfaces plugged into the bridge of this index."""
+            self._opened = await self._stack.enter_async_context(AsyncIPRoute())
+        return self._opened
+
+    async def ports(self, bridge: int) -> list[int]:
+        """The indexes of the interfaces plugged into the bridge of this index."""
+        route = await self._route()
         with _as_os_error():
-            links = [_link(message) async for message in await self._route.get_links()]
-        return [link for link in links if link.master == bridge]
+            links = [(link["index"], link.get("master")) async for link in await route.get_links()]
+        return [index for index, master in links if master == bridge]
 
     async def add_bridge(self, name: str, mac: str) -> Link:
+        route = await self._route()
         with _as_os_error():
-            await self._route.link("add", ifname=name, kind="bridge", address=mac)
-        link = await self.find(name)
+            await route.link("add", ifname=name, kind="bridge", address=mac)
+        link = find_link(name=name)
         if link is None:
             raise OSError(errno.ENODEV, "it was removed as soon as it was made", name)
         return link
 
     async def delete(self, index: int) -> None:
+        route = await self._route()
         with _as_os_error():
-            await self._route.link("del", index=index)
-
-    async def change(self, index: int, **settings: Any) -> None:
-        """Settings of a link in pyroute2's words: state, mtu, master, address."""
-        with _as_os_error():
-            await self._route.link("set", index=index, **settings)
+            await route.link("del", index=index)
 
     async def addresses(self, index: int) -> set[str]:
         """The IP addresses of an interface, as "address/prefix length"."""
+        route = await self._route()
         with _as_os_error():
             return {
                 f"{message.get('address')}/{message['prefixlen']}"
-                async for message in await self._route.get_addr(index=index)
+                async for message in await route.get_addr(index=index)
             }
 
     async def add_address(self, index: int, address: Interface) -> None:
@@ -108,8 +85,9 @@ class Links:
         await self._change_address("del", index, address)
 
     async def _change_address(self, command: str, index: int, address: Interface) -> None:
+        route = await self._route()
         with _as_os_error():
-            await self._route.addr(
+            await route.addr(
                 command, index=index, address=str(address.ip), prefixlen=address.network.prefixlen
             )
 
@@ -127,11 +105,9 @@ async def on_links(operation: Callable[[Links], Awaitable[T]]) -> T:
 
 
 def _run(operation: Callable[[Links], Awaitable[T]]) -> T:
-    from pyroute2 import AsyncIPRoute
-
     async def main() -> T:
-        async with AsyncIPRoute() as route:
-            return await operation(Links(route))
+        async with Links() as links:
+            return await operation(links)
 
     with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
         return runner.run(main())
@@ -145,25 +121,3 @@ def _as_os_error() -> Iterator[None]:
         yield
     except NetlinkError as error:
         raise OSError(error.code, os.strerror(error.code)) from error
-
-
-def _link(message: Any) -> Link:
-    info = message.get("linkinfo")
-    kind = info.get("kind") if info else None
-    data = info.get("data") if kind == "tun" else None
-    return Link(
-        index=message["index"],
-        name=message.get("ifname"),
-        up=bool(message["flags"] & _IFF_UP),
-        mtu=message.get("mtu"),
-        master=message.get("master") or 0,
-        kind=kind,
-        tun=TunInfo(
-            is_tap=data.get("IFLA_TUN_TYPE") == _TUN_TYPE_TAP,
-            packet_info=bool(data.get("IFLA_TUN_PI")),
-            vnet_header=bool(data.get("IFLA_TUN_VNET_HDR")),
-            multi_queue=bool(data.get("IFLA_TUN_MULTI_QUEUE")),
-        )
-        if data
-        else None,
-    )

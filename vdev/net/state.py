@@ -17,7 +17,6 @@ import fcntl
 import json
 import os
 import stat
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,8 +56,8 @@ class Journal:
         if self._fd < 0:
             _make_directory(self._directory)
             # A name of its own: the file may outlive this process, and its number come again.
-            self._fd, path = tempfile.mkstemp(".json", "net-", self._directory)
-            self._path = Path(path)
+            self._path = self._directory / f"net-{os.getpid()}-{os.urandom(4).hex()}.json"
+            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.records.append(record)
         self._write()

@@ -8,18 +8,21 @@ steps, so there is one way to undo a thing, not two.
 from __future__ import annotations
 
 import errno
-import ipaddress
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vdev.descriptors import Descriptors
 from vdev.errors import UserError
 from vdev.net import bridge as bridges
 from vdev.net import tap as taps
-from vdev.net.links import Interface, Link, Links, on_links
+from vdev.net.links import Links, on_links
+from vdev.net.rtnetlink import Link, find_link, set_link
 from vdev.net.state import Journal, Record, exclusively
 from vdev.net.tap import QUEUES_MAX, Tap, TapState, check_name
+
+if TYPE_CHECKING:
+    from vdev.net.links import Interface
 
 _log = logging.getLogger("vdev.net")
 _MTU_MIN = 68  # IPv4's least, and virtio's (virtio 1.3, section 5.1.4.1)
@@ -122,7 +125,7 @@ class Wiring:
         bridge = None
         if self._bridge_name is not None:
             bridge = await bridges.ensure_bridge(links, self._journal, self._bridge_name, self._mtu)
-        link = await self._open_tap(links)
+        link = self._open_tap()
         assert self._tap is not None
         if self._mtu is None:
             # A port of a smaller MTU would pull the whole bridge down to it.
@@ -130,22 +133,22 @@ class Wiring:
             self._mtu = wanted if wanted != taps.MTU_USUAL else None
         try:
             if self._mtu is not None and link.mtu != self._mtu:
-                await links.change(link.index, mtu=self._mtu)
+                set_link(link.index, mtu=self._mtu)
             if bridge is not None:
-                await bridges.plug(links, self._journal, link, bridge, ours=self._tap.created)
+                bridges.plug(self._journal, link, bridge, ours=self._tap.created)
             if not link.up:
-                await links.change(link.index, state="up")
+                set_link(link.index, up=True)
         except OSError as error:
             raise UserError(f"tap {link.name}: {bridges.reason(error)}") from error
         if self._address is not None:
             await bridges.add_address(links, self._journal, bridge or link, self._address)
 
-    async def _open_tap(self, links: Links) -> Link:
+    def _open_tap(self) -> Link:
         name = self._tap_name
-        link = await links.find(name) if name is not None else None
+        link = find_link(name=name) if name is not None else None
         if link is None:
             self._tap = Tap.create(name or _MADE_NAME, self._queues)
-            link = await links.find(self._tap.name)
+            link = find_link(name=self._tap.name)
             if link is None:
                 raise UserError(f"tap {self._tap.name}: it vanished as soon as it was made")
             return link
@@ -212,7 +215,7 @@ async def _undo_all(links: Links, journal: Journal) -> None:
 
 async def _undo(links: Links, record: Record) -> bool:
     """Undoes one thing; False: not yet, others use it."""
-    link = await links.at(record["index"])
+    link = find_link(index=record["index"])
     if link is None or link.name != record["name"]:
         return True  # it is gone
     match record["undo"]:
@@ -221,27 +224,29 @@ async def _undo(links: Links, record: Record) -> bool:
                 return False
             await links.delete(link.index)
         case "delete address":
-            await links.delete_address(link.index, ipaddress.ip_interface(record["address"]))
+            await links.delete_address(link.index, _parse_address(record["address"]))
         case "unplug":
-            await links.change(link.index, master=0)
+            set_link(link.index, master=0)
         case "set down":
             if await links.ports(link.index):
                 return False
-            await links.change(link.index, state="down")
+            set_link(link.index, up=False)
         case "restore tap":
-            await _restore_tap(links, link, record)
+            _restore_tap(link, record)
     return True
 
 
-async def _restore_tap(links: Links, link: Link, record: dict[str, Any]) -> None:
+def _restore_tap(link: Link, record: dict[str, Any]) -> None:
     if link.mtu != record["mtu"]:
-        await links.change(link.index, mtu=record["mtu"])
+        set_link(link.index, mtu=record["mtu"])
     if link.up != record["up"]:
-        await links.change(link.index, state="up" if record["up"] else "down")
+        set_link(link.index, up=record["up"])
     taps.restore(TapState(**record["state"]))
 
 
 def _parse_address(text: str) -> Interface:
+    import ipaddress
+
     try:
         if "/" in text:
             return ipaddress.ip_interface(text)

@@ -24,7 +24,6 @@ import socket
 import stat
 import struct
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -81,8 +80,7 @@ def default_path(name: str | None = None) -> Path:
     return directory / f"{name}.{os.getpid()}.sock" if name else directory / f"{os.getpid()}.sock"
 
 
-@dataclass(frozen=True)
-class ControlSocket:
+class ControlSocket(NamedTuple):
     """A control socket that another process has made. by_pid: it is named after that process."""
 
     path: Path

@@ -13,7 +13,6 @@ import errno
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vdev._native import ffi, lib
@@ -22,6 +21,7 @@ from vdev.errors import NotSupported, PeerError
 from vdev.inflight import InflightRegion
 from vdev.iothread import IOThread, new_token, settle
 from vdev.memory import GuestMemory
+from vdev.record import Record
 
 _START_ERRORS = {
     errno.EINVAL: "its size, the alignment of its parts or its next index is wrong"
@@ -47,8 +47,7 @@ def index_bits(features: int) -> int:
     return 32 if features & F_RING_PACKED else 16
 
 
-@dataclass(frozen=True, slots=True)
-class QueueConfig:
+class QueueConfig(Record):
     """Everything a queue needs besides memory and device.
 
     features: those that were negotiated, which say whether its ring is packed.  desc, avail, used:

@@ -20,10 +20,10 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from vdev.errors import UserError
+from vdev.record import Record
 
 PREFIX = "vdev-"
 PERIOD_US = 100_000
@@ -32,8 +32,7 @@ IO_KEYS = ("rbps", "wbps", "riops", "wiops")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 
 
-@dataclass(frozen=True)
-class CgroupLimits:
+class CgroupLimits(Record):
     """What to limit; None is no limit.  Raises UserError for a value out of its range.
 
     cpus: CPU time, in CPUs.  memory: bytes, of the guest and of us together.  pids: processes and

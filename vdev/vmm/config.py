@@ -1,4 +1,4 @@
-"""What a machine is made of: plain frozen dataclasses, checked when they are made.
+"""What a machine is made of: plain frozen records, checked when they are made.
 
 Each check raises UserError with one line: thing, value, what would be right.  Identifiers that were
 left out are given by the machine (``disk0``, ``nic0``, …), since hot-plug needs a name for each.
@@ -9,14 +9,15 @@ texts are sizes or paths.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import re
+import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 
 from vdev.blk.options import CACHE_MODES, ENGINES
 from vdev.errors import UserError
+from vdev.record import Record
 from vdev.vmm.layout import CPUS_MAX, ram_ranges
 
 VMMS = ("auto", "kvm", "qemu", "cloud-hypervisor")
@@ -36,8 +37,7 @@ PATH = {"path": True}
 SIZE = {"size": True}
 
 
-@dataclass(frozen=True)
-class DiskConfig:
+class DiskConfig(Record):
     """A disk: an image (raw file, block device or ``null:SIZE``), as `vdev.blk.serve` takes it."""
 
     path: str = field(metadata=PATH)
@@ -61,8 +61,7 @@ class DiskConfig:
         _check_id(self.id)
 
 
-@dataclass(frozen=True)
-class NicConfig:
+class NicConfig(Record):
     """A network card on a tap, on a bridge (by a tap of its own), or on a vhost-user socket.
 
     mac: made from the machine's name and the card's id where there is none, so that it stays.
@@ -97,8 +96,7 @@ class NicConfig:
         _check_id(self.id)
 
 
-@dataclass(frozen=True)
-class ShareConfig:
+class ShareConfig(Record):
     """A folder of the host's, which the guest mounts by its tag (virtiofs)."""
 
     directory: str = field(metadata=PATH)
@@ -112,8 +110,7 @@ class ShareConfig:
         _check_id(self.id)
 
 
-@dataclass(frozen=True)
-class VhostUserConfig:
+class VhostUserConfig(Record):
     """A device that another process serves on a vhost-user socket; tag: of a shared folder."""
 
     socket: str = field(metadata=PATH)
@@ -131,8 +128,7 @@ class VhostUserConfig:
         _check_id(self.id)
 
 
-@dataclass(frozen=True)
-class VsockConfig:
+class VsockConfig(Record):
     """The guest's vsock: its context id, and the host's Unix socket for connections into it."""
 
     cid: int
@@ -142,8 +138,7 @@ class VsockConfig:
         _between("vsock cid", self.cid, 3, 0xFFFFFFFE)
 
 
-@dataclass(frozen=True)
-class LimitsConfig:
+class LimitsConfig(Record):
     """cgroup v2 limits of the machine's process; None = none.
 
     cpu: CPUs' worth of time (1.5).  memory: bytes, the guest's and ours.  io: bytes a second, each
@@ -167,8 +162,7 @@ class LimitsConfig:
         return self != LimitsConfig()
 
 
-@dataclass(frozen=True)
-class SandboxConfig:
+class SandboxConfig(Record):
     """What the process of ``vdev run`` gives up once everything is open (vmm kvm).
 
     enabled: whether anything.  user: whom it becomes if started by root (a name, "UID" or
@@ -182,8 +176,7 @@ class SandboxConfig:
     namespaces: bool = True
 
 
-@dataclass(frozen=True)
-class MachineConfig:
+class MachineConfig(Record):
     """A whole machine.
 
     memory: bytes, a multiple of 2 MiB.  kernel: bzImage or ELF.  reboot: whether a guest's reset
@@ -266,8 +259,8 @@ class MachineConfig:
             host = Path("/etc/machine-id").read_text().strip()
         except OSError:
             host = ""
-        digest = hashlib.sha256(f"{host} machine {self.name} {nic.id}".encode()).digest()
-        return ":".join(f"{byte:02x}" for byte in b"\x52\x54\x00" + digest[:3])
+        number = zlib.crc32(f"{host} machine {self.name} {nic.id}".encode())
+        return (b"\x52\x54\x00" + number.to_bytes(4, "big")[1:]).hex(":")
 
 
 _STEMS = {"disks": "disk", "nics": "nic", "shares": "share", "vhost_user": "vhost"}

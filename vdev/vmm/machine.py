@@ -27,7 +27,6 @@ from vdev.vmm.board import Board, Callbacks
 from vdev.vmm.config import DiskConfig, MachineConfig, NicConfig, free_id
 from vdev.vmm.parts import Maker, check_engines, undone_on_error
 from vdev.vmm.ram import Ram
-from vdev.vmm.snapshot_files import MEMORY
 from vdev.vmm.vm import Exit
 
 if TYPE_CHECKING:
@@ -260,6 +259,8 @@ class Machine(VirtualMachine):
     async def _write_snapshot(
         self, writer: Writer, base: str | None, disks: Mapping[str, int]
     ) -> None:
+        from vdev.vmm.snapshot_files import MEMORY
+
         board = self._board
         if base is None:
             await board.tracker.stop()

@@ -14,14 +14,13 @@ from vdev.blk.device import BlkDevice
 from vdev.blk.image import open_image
 from vdev.errors import PeerError, UserError
 from vdev.iothread import IOThread
-from vdev.net.device import NetDevice, parse_mac
-from vdev.net.tap import Tap
 from vdev.virtio.device import Device
 from vdev.vmm.api import Dial, Opened
 from vdev.vmm.config import DiskConfig, NicConfig, ShareConfig, VhostUserConfig, VsockConfig
 from vdev.vmm.ram import Ram
 
 if TYPE_CHECKING:
+    from vdev.net.tap import Tap
     from vdev.vmm.devices.balloon import BalloonDevice
     from vdev.vmm.devices.console import ConsoleDevice
     from vdev.vmm.devices.vsock import VsockDevice
@@ -82,6 +81,8 @@ class Maker(NamedTuple):
         self, nic: NicConfig, stack: contextlib.AsyncExitStack, opened: Opened | None
     ) -> Device:
         if nic.socket is not None:
+            from vdev.net.device import parse_mac
+
             sock = _socket(_only(opened, "socket")["socket"]) if opened else None
             assert nic.mac is not None
             mac = parse_mac(nic.mac)
@@ -91,7 +92,6 @@ class Maker(NamedTuple):
             )
         if opened:
             return self._open_card(nic, stack, opened)
-        # pyroute2 takes long to import, and a machine may have no card.
         from vdev.net.wiring import Wiring
 
         wiring = Wiring(
@@ -116,6 +116,8 @@ class Maker(NamedTuple):
         if "journal" in opened:
             # Its lock says that what the records would undo is in use.
             stack.callback(os.close, os.dup(opened["journal"]))
+        from vdev.net.tap import Tap
+
         tap = Tap.adopt([opened[name] for name in queues])
         stack.callback(tap.close)
         return self._tap_card(nic, tap, nic.mtu, stack)
@@ -123,6 +125,8 @@ class Maker(NamedTuple):
     def _tap_card(
         self, nic: NicConfig, tap: Tap, mtu: int | None, stack: contextlib.AsyncExitStack
     ) -> Device:
+        from vdev.net.device import NetDevice
+
         device = NetDevice(tap, iothreads=self.iothreads, name=nic.id, mac=nic.mac, mtu=mtu)
         stack.callback(device.close)
         return device

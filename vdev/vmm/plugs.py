@@ -23,7 +23,7 @@ from vdev.vmm.vm import VM
 C = TypeVar("C")
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Plugged:
     """A device in its slot: `place` takes it out, then `stack` closes it and `gone` is set.
 

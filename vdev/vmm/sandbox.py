@@ -20,12 +20,12 @@ import resource
 import socket
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vdev._native import ffi, lib
 from vdev.errors import UserError
+from vdev.record import Record
 
 EXIT_CODE: int = lib.SANDBOX_EXIT_CODE
 """How a process ends that made a forbidden system call."""
@@ -42,7 +42,6 @@ FREE_UIDS = range(61184, 65520)
 
 _NAMESPACES = {"mount": 0x00020000, "uts": 0x04000000, "ipc": 0x08000000}
 _NEWUSER, _NEWNET = 0x10000000, 0x40000000
-_STATUS_HEAD = 1024  # bytes of a process's status (proc(5)): its users are the ninth line
 _WORKER_FLAGS = 0x4010  # PF_USER_WORKER, PF_IO_WORKER (include/linux/sched.h)
 
 
@@ -53,8 +52,7 @@ class KeptPath(NamedTuple):
     writable: bool = False
 
 
-@dataclass(frozen=True)
-class SandboxOptions:
+class SandboxOptions(Record):
     """What to give up.  Raises UserError for a user or a family that does not exist.
 
     user: a name, "UID" or "UID:GID" to become if started by root; None is a user without a name
@@ -289,24 +287,17 @@ def free_uid() -> int:
     """A user that has no name and no process."""
     import pwd
 
-    used = {entry.pw_uid for entry in pwd.getpwall()}
-    for process in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError):
-            used.update(_uids(f"/proc/{process}/status"))
-    free = [uid for uid in FREE_UIDS if uid not in used]
-    if not free:
-        raise UserError(f"every user from {FREE_UIDS.start} to {FREE_UIDS[-1]} is taken: name one")
-    return free[int.from_bytes(os.urandom(8), "little") % len(free)]
-
-
-def _uids(status: str) -> list[int]:
-    """There may be thousands of processes: the least that tells, and not a file object for it."""
-    fd = os.open(status, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        text = os.read(fd, _STATUS_HEAD)
-    finally:
-        os.close(fd)
-    return [int(uid) for uid in text.split(b"\nUid:", 1)[1].split(b"\n", 1)[0].split()]
+    first = int.from_bytes(os.urandom(8), "little") % len(FREE_UIDS)
+    for at in range(first, first + len(FREE_UIDS)):
+        uid = FREE_UIDS[at % len(FREE_UIDS)]
+        try:
+            pwd.getpwuid(uid)
+        except KeyError:
+            try:
+                os.getpriority(os.PRIO_USER, uid)  # of all its processes, if it has any
+            except ProcessLookupError:
+                return uid
+    raise UserError(f"every user from {FREE_UIDS.start} to {FREE_UIDS[-1]} is taken: name one")
 
 
 def other_threads() -> list[str]:

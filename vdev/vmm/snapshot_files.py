@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import mmap
 import os
@@ -15,7 +14,7 @@ from typing import Any
 from vdev.vmm.layout import MIB
 from vdev.vmm.ram import data_extents
 
-VERSION = 1
+VERSION = 2
 FORMAT = "vdev snapshot"
 MANIFEST, STATE, MEMORY, DISKS = "manifest.json", "state.json", "memory", "disks"
 BLOCK = 2 * MIB
@@ -64,22 +63,22 @@ def pwrite(fd: int, data: bytes | memoryview, at: int) -> None:
 def describe(fd: int) -> dict[str, Any]:
     """What the manifest says of a file."""
     status = os.fstat(fd)
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "crc32": crcs(fd)}
+    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "crc32": crc_of(fd)}
 
 
-def crcs(fd: int) -> str:
-    """One checksum over those of all blocks; blocks that are holes are not read."""
-    digest = hashlib.sha256()
+def crc_of(fd: int) -> int:
+    """The CRC-32 of a file; blocks that are holes are not read."""
+    crc = 0
     size = os.fstat(fd).st_size
     extents = list(data_extents(fd, size))
     for start in range(0, size, BLOCK):
         end = min(start + BLOCK, size)
         is_data = any(low < end and high > start for low, high in extents)
         block = os.pread(fd, end - start, start) if is_data else bytes(end - start)
-        digest.update(zlib.crc32(block).to_bytes(4, "little"))
-    return digest.hexdigest()
+        crc = zlib.crc32(block, crc)
+    return crc
 
 
-def checksum(manifest: Mapping[str, Any]) -> str:
-    """Of a manifest without its own."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def checksum(manifest: Mapping[str, Any]) -> int:
+    """The CRC-32 of a manifest without its own."""
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import stat
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -199,7 +199,7 @@ class Writer:
             files[MEMORY] = describe(self._memory)
             text = json.dumps(state, sort_keys=True).encode()
             file(STATE, partial(_write_all, text))
-            files[STATE] = {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+            files[STATE] = {"size": len(text), "crc32": zlib.crc32(text)}
             manifest = {
                 "format": FORMAT,
                 "version": VERSION,

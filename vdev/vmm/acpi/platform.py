@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
+
+from vdev.record import Record
 
 PCI_SLOTS = 32
 
@@ -16,8 +17,7 @@ class MmioDevice(NamedTuple):
     gsi: int
 
 
-@dataclass(frozen=True)
-class Platform:
+class Platform(Record):
     """A machine, as far as its guest is told of it by ACPI.
 
     `cpus` are APIC ids, the boot processor's first. `hotplug_slots` are numbers of PCI devices on
