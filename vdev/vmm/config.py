@@ -2,7 +2,7 @@
 
 Each check raises UserError with one line: thing, value, what would be right.  Identifiers that were
 left out are given by the machine (``disk0``, ``nic0``, …), since hot-plug needs a name for each.
-The field metadata say what `vdev.vmm.decode` has to know: the name of a table in a file, and which
+The field metadata say what `vdev.tables` has to know: the name of a table in a file, and which
 texts are sizes or paths.
 """
 

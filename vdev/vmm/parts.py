@@ -14,7 +14,8 @@ from vdev.blk.device import BlkDevice
 from vdev.blk.image import open_image
 from vdev.errors import PeerError, UserError
 from vdev.iothread import IOThread
-from vdev.net.device import NetDevice, parse_mac
+from vdev.net.card import parse_mac
+from vdev.net.device import NetDevice
 from vdev.net.tap import Tap
 from vdev.virtio.device import Device
 from vdev.vmm.api import Dial, Opened
