@@ -55,9 +55,16 @@ def encode(config: Any) -> dict[str, Any]:
 
 
 def parse_options(cls: type[T], text: str, first: str | None, where: str) -> T:
-    """A `cls` out of ``VALUE,key=value,flag``; a comma within a value is written twice.
+    """A `cls` out of ``VALUE,key=value,flag``: see `option_table`."""
+    return decode(cls, option_table(cls, text, first, where), where)
+
+
+def option_table(cls: type[Any], text: str, first: str | None, where: str) -> dict[str, Any]:
+    """The table of a `cls` that ``VALUE,key=value,flag`` says; a comma within a value is written
+    twice.
 
     `first`: the field of a leading value without a key; ``ro`` is short for ``read_only``.
+    Raises UserError.
     """
     table: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
@@ -74,7 +81,7 @@ def parse_options(cls: type[T], text: str, first: str | None, where: str) -> T:
         if key in table:
             raise UserError(f"{where}{key} is given twice")
         table[key] = _from_text(hints.get(key), value)
-    return decode(cls, table, where)
+    return table
 
 
 def _split(text: str) -> list[str]:

@@ -259,12 +259,12 @@ async def _leave(_reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -
 
 @contextlib.asynccontextmanager
 async def controlled(
-    control: Control, handlers: Mapping[str, Handler]
+    control: Control, handlers: Mapping[str, Handler], name: str | None = None
 ) -> AsyncIterator[ControlServer | None]:
     """Answers commands meanwhile.
 
-    ``control`` is the path of the control socket, True for the default place, False for none, or a
-    socket from another process.
+    ``control`` is the path of the control socket, True for the default place (see `default_path`,
+    ``name``), False for none, or a socket from another process.
     """
     if control is False:
         yield None
@@ -277,7 +277,7 @@ async def controlled(
         await server.start()
     else:
         try:
-            server = ControlServer(default_path(), handlers)
+            server = ControlServer(default_path(name), handlers)
             await server.start()
         except UserError as error:
             # Nobody asked for this one: a server serves without.

@@ -11,9 +11,8 @@ import asyncio
 import contextlib
 import errno
 import logging
-import re
 from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,77 +20,13 @@ from vdev._native import lib
 from vdev.errors import UserError
 from vdev.iothread import IOThread, settle
 from vdev.net.fabric import CardPort, Fabric, PortSettings, TapPort
-from vdev.net.tap import QUEUES_MAX
 from vdev.ratelog import RateLimitedLog
 from vdev.server.device_server import DeviceServer
 from vdev.server.listener import Endpoint
+from vdev.server.switch_config import GuestConfig, PortConfig, check_name
 
 LOG = logging.getLogger("vdev.switch")
-PATH = {"path": True}
-_NAME = re.compile(r"[A-Za-z_][\w-]{0,47}", re.ASCII)
 _GUEST = "guest"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PortConfig(PortSettings):
-    """A port by name: of a card, with a socket, or of a tap, which may be in a bridge.
-
-    queues: most pairs that the card may have.  mtu: told to it.  tap, bridge, address: see
-    `vdev.net.serve`; such a port is an uplink.
-    """
-
-    name: str
-    socket: str | None = field(default=None, metadata=PATH)
-    tap: str | None = None
-    bridge: str | None = None
-    address: str | None = None
-    queues: int = 1
-    mtu: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_name("port", self.name)
-        wired = self.tap is not None or self.bridge is not None
-        if wired == (self.socket is not None):
-            raise UserError(f"port {self.name}: needs a socket, or a tap or bridge, and not both")
-        if self.address is not None and not wired:
-            raise UserError(f"port {self.name}: an address goes with a tap or bridge")
-        if not 1 <= self.queues <= (1 if wired else QUEUES_MAX):
-            raise UserError(f"port {self.name}: queues {self.queues}: 1 to {QUEUES_MAX}; a tap's 1")
-        if self.mtu is not None and not lib.VIRTIO_NET_MTU_MIN <= self.mtu <= 65535:
-            raise UserError(f"port {self.name}: mtu {self.mtu}: 68 to 65535")
-
-    @property
-    def settings(self) -> PortSettings:
-        """What the switch does with its frames."""
-        mine = {spec.name: getattr(self, spec.name) for spec in fields(PortSettings)}
-        if self.socket is None:
-            mine["uplink"] = True
-        return PortSettings(**mine)
-
-
-@dataclass(frozen=True, kw_only=True)
-class GuestConfig(PortSettings):
-    """What ports are like that come with front-ends at the switch's own socket."""
-
-    queues: int = 1
-    mtu: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.mac is not None or self.bound:
-            raise UserError("guests cannot share one mac: name a port with a socket of its own")
-
-    @property
-    def settings(self) -> PortSettings:
-        """As of `PortConfig`."""
-        return PortSettings(**{s.name: getattr(self, s.name) for s in fields(PortSettings)})
-
-
-def check_name(what: str, name: str) -> None:
-    """Raises UserError for a name that a switch, or a port, cannot have."""
-    if not _NAME.fullmatch(name):
-        raise UserError(f"{what} {name!r}: a letter, then at most 47 letters, digits, '_' and '-'")
 
 
 @dataclass
@@ -101,7 +36,6 @@ class _Plugged:
     port: CardPort | TapPort
     stack: contextlib.AsyncExitStack
     server: DeviceServer | None = None
-    config: PortConfig | None = None
 
 
 class Switch:
@@ -206,20 +140,17 @@ class Switch:
                 raise
             self._ports[config.name] = plugged
 
-    async def change_port(self, name: str, **changes: Any) -> None:
-        """Gives a port other settings (see `PortSettings`) while frames cross it.
+    def settings(self, name: str) -> PortSettings:
+        """Those of a port. Raises UserError."""
+        return self._find(name).port.settings
 
-        What was learned there is forgotten. Raises UserError.
+    async def change_port(self, name: str, settings: PortSettings) -> None:
+        """Gives a port other settings while frames cross it; what was learned there is forgotten.
+
+        Raises UserError.
         """
         async with self._changing:
-            plugged = self._find(name)
-            known = {spec.name for spec in fields(PortSettings)} - {"mac"}
-            if unknown := changes.keys() - known:
-                raise UserError(
-                    f"port {name}: {', '.join(sorted(unknown))} cannot be changed: "
-                    f"{', '.join(sorted(known))} can"
-                )
-            await plugged.port.change(replace(plugged.port.settings, **changes))
+            await self._find(name).port.change(settings)
 
     async def remove_port(self, name: str) -> None:
         """Takes a port out: its front-end is disconnected, its tap closed. Raises UserError."""
@@ -271,13 +202,13 @@ class Switch:
 
     async def _open(self, config: PortConfig, stack: contextlib.AsyncExitStack) -> _Plugged:
         if config.socket is None:
-            return _Plugged(await self._open_tap(config, stack), stack, config=config)
+            return _Plugged(await self._open_tap(config, stack), stack)
         endpoint = Endpoint.listen(config.socket)
         port = await self._open_card(config.name, config.settings, config.queues, config.mtu, stack)
         server = DeviceServer(port, endpoint, log=LOG)
         stack.push_async_callback(server.close)
         await server.start()
-        return _Plugged(port, stack, server, config)
+        return _Plugged(port, stack, server)
 
     async def _open_card(
         self,
