@@ -161,11 +161,8 @@ static unsigned fill_buffers(struct vhost_queue *q, struct source *s, uint32_t l
         if (unlikely(c.readable || c.writable_len < state->header_len)) {
             count(q, VHOST_COUNTER_DROPS_SHORT, 1);
             ring_push(q, c.head, 0);
-            in_place = n == 0;
-            if (in_place)
-                continue;
-            give_back(q, filled, n, false);
-            return VHOST_SWITCH_DROP_NO_BUFFER;
+            in_place &= n == 0;
+            continue;
         }
         if (unlikely(!state->mergeable && c.writable_len < len)) {
             filled[n++].head = c.head;
