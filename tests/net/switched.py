@@ -14,9 +14,13 @@ from tests.frontend.net import NetClient
 from vdev.net.fabric import PortSettings
 from vdev.server.switch import Switch
 
+from .frames import frame
 from .namespace import Namespace
 
 T = TypeVar("T")
+Plug = Callable[..., NetClient]
+"""Connects a card to the port of this name."""
+EVERYONE = b"\xff" * 6
 
 
 def mac(number: int) -> bytes:
@@ -26,6 +30,12 @@ def mac(number: int) -> bytes:
 
 def text(address: bytes) -> str:
     return address.hex(":")
+
+
+def to(source: int, target: int | bytes, payload: int = 100) -> bytes:
+    """A frame from one card to another, or to an address."""
+    address = target if isinstance(target, bytes) else mac(target)
+    return frame(payload, source=mac(source), to=address)
 
 
 class Switched:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,40 +15,13 @@ from vdev.errors import UserError
 
 from .frames import frame
 from .namespace import Namespace
-from .switched import Switched, mac, nothing_for, text
+from .switched import EVERYONE, Plug, Switched, mac, nothing_for, text, to
 
-EVERYONE = b"\xff" * 6
 LAYOUTS = pytest.mark.parametrize(
     "features",
     [FEATURES, FEATURES & ~F_EVENT_IDX, FEATURES | F_RING_PACKED],
     ids=["split", "flags", "packed"],
 )
-Plug = Callable[..., NetClient]
-
-
-@pytest.fixture
-def sw(tmp_path: Path) -> Iterator[Switched]:
-    with Switched(tmp_path, "a", "b", "c") as switched:
-        yield switched
-
-
-@pytest.fixture
-def plug(tmp_path: Path) -> Iterator[Plug]:
-    """Connects a card to the port of this name, with so many buffers posted."""
-    with contextlib.ExitStack() as stack:
-
-        def connect(port: str, *, buffers: int = 8, features: int = FEATURES) -> NetClient:
-            card = stack.enter_context(NetClient(tmp_path / port, features=features))
-            card.post(buffers)
-            return card
-
-        yield connect
-
-
-def to(source: int, target: int | bytes, payload: int = 100) -> bytes:
-    return frame(
-        payload, source=mac(source), to=target if isinstance(target, bytes) else mac(target)
-    )
 
 
 @LAYOUTS
