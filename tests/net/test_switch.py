@@ -309,7 +309,8 @@ def test_front_ends_at_the_switchs_own_socket_have_a_port_each(tmp_path: Path) -
     path = os.fspath(tmp_path / "sw")
     with Switched(tmp_path, socket_path=path) as sw:
         with NetClient(path) as a, NetClient(path) as b:
-            a.post(8), b.post(8)
+            for card in (a, b):
+                card.post(8)
             sent = to(1, 2)
             a.send(sent)
             assert b.recv().frame == sent
@@ -389,7 +390,8 @@ def test_a_tap_as_uplink(ns: Namespace, tmp_path: Path) -> None:
         NetClient(tmp_path / "b") as b,
     ):
         sw.run(wire)
-        a.post(8), b.post(8)
+        for card in (a, b):
+            card.post(8)
         with ns.port("tap0") as host:
             sent = to(1, 9)
             a.send(sent)
