@@ -13,3 +13,8 @@ def runtime_dir() -> Path:
         return Path("/run/vdev")
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return Path(runtime) / "vdev" if runtime else Path(f"/tmp/vdev-{uid}")
+
+
+def switch_socket(switch: str) -> Path:
+    """Where front-ends find a switch: by its name, or by a path, which has a slash."""
+    return Path(switch) if "/" in switch else runtime_dir() / f"{switch}.switch"

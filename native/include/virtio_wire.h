@@ -220,7 +220,11 @@ enum virtio_net_feature {
 
 enum virtio_net_hdr_value {
     VIRTIO_NET_HDR_F_NEEDS_CSUM = 1, /* of flags */
-    VIRTIO_NET_HDR_GSO_TCPV4 = 1,    /* of gso_type */
+    VIRTIO_NET_HDR_F_DATA_VALID = 2,
+    VIRTIO_NET_HDR_GSO_NONE = 0, /* of gso_type */
+    VIRTIO_NET_HDR_GSO_TCPV4 = 1,
+    VIRTIO_NET_HDR_GSO_TCPV6 = 4,
+    VIRTIO_NET_HDR_GSO_ECN = 0x80,
 };
 
 enum virtio_net_ctrl {

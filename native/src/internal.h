@@ -8,7 +8,7 @@
  *   batch.c       devices that the control thread works for
  *   log.c         which pages were written              inflight*.c   which chains are out
  *   chain.c       what both layouts share               order.c       used as made available
- *   view.c        memory behind an IOMMU
+ *   view.c        memory behind an IOMMU                switch*.c     the virtual switch
  *
  * And beside them the driver's side, for measuring and for tests:
  *   driver_ring.c a ring as its driver has it           driver.c      block requests

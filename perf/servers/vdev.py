@@ -80,6 +80,22 @@ class Vdev(Server):
         return Launch([*command, "serve", str(config)], environment)
 
 
+class VdevSwitch(Vdev):
+    """Cards in the ports of one ``vdev switch serve``."""
+
+    def with_command(self, name: str, command: Sequence[str]) -> Server:
+        return VdevSwitch(name, command, self._poll_us)
+
+    def net(self, ports: Sequence[Port], directory: Path) -> Launch:
+        options = [] if self._poll_us is None else [f"--poll-us={self._poll_us}"]
+        for number, port in enumerate(ports):
+            settings = f"socket={port.socket},mac={port.mac},queues={port.pairs},mtu={port.mtu}"
+            options.append(f"--port=port{number},{settings}")
+        options += [f"--socket-path={directory / 'switch'}", f"--control={directory / 'control'}"]
+        command, environment = self._start()
+        return Launch([*command, "switch", "serve", "perf", *options], environment)
+
+
 Settings = Mapping[str, str | int]
 
 
@@ -100,6 +116,7 @@ def _table(head: str, settings: Settings) -> str:
 SERVERS = [
     Vdev("vdev"),
     Vdev("vdev-no-poll", poll_us=0),
+    VdevSwitch("vdev-switch"),
     # The same, told apart by how the suite "rings" speaks to them.
     *(
         Vdev(f"vdev-{manner}")

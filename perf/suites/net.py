@@ -1,7 +1,8 @@
 """Network, no guest: frames from one port of a server to another, a core for each side.
 
-testpmd passes frames from ring to ring, as a switch between guests does. testpmd-tap takes them
-through taps on a kernel bridge, as vdev's bridged cards do: the peer with the same work.
+testpmd passes frames from ring to ring without a look at them; vdev-switch, our switch between
+guests, looks at each. testpmd-tap takes them through taps on a kernel bridge, as vdev's bridged
+cards do: the peer with the same work.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from perf.loads.net import NativeNet
 from perf.loads.testpmd import TestpmdNet
 from perf.model import Load, Suite, Workload
 
-SERVERS = ("vdev", "testpmd-tap", "testpmd")
+SERVERS = ("vdev", "testpmd-tap", "vdev-switch", "testpmd")
 RATE = ("packets_per_second", "server_cpu_us")
 THROUGHPUT = ("bits_per_second", "server_cpu_us")
 WAIT = ("latency_p50_us", "latency_p99_us")

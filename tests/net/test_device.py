@@ -11,7 +11,7 @@ from tests.frontend.net import F_MQ, F_MTU, FEATURES, NetClient
 from tests.frontend.session import PROTOCOL_WANTED, Refused, Session
 from tests.frontend.wire import Protocol, Request, u64
 from vdev.errors import PeerError, UserError
-from vdev.net.device import parse_mac, stable_mac
+from vdev.net.card import parse_mac, stable_mac
 from vdev.virtio.vhost_user.state import decode_state, encode_state
 
 from .namespace import Namespace

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from vdev.config import load_config
+from vdev.server.switch_config import SwitchConfig
+from vdev.tables import decode
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,6 +35,13 @@ def test_the_python_examples(number: int) -> None:
     example = blocks("python")[number]
     compile(example, "README.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     assert len([line for line in example.splitlines() if line]) <= 12
+
+
+def test_the_switch_example() -> None:
+    (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/switch.md").read_text(), re.DOTALL)
+    config = decode(SwitchConfig, {"name": "lan0", **tomllib.loads(example)}, "")
+    assert config.guests.private
+    assert [port.name for port in config.ports] == ["up"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -19,6 +19,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "vdev.errors",
         "vdev.units",
         "vdev.toml",
+        "vdev.tables",
         "vdev.runtime",
         "vdev.closing",
         "vdev.record",

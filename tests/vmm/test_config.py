@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vdev.errors import UserError
+from vdev.tables import decode, encode, parse_options
 from vdev.vmm.config import (
     DiskConfig,
     LimitsConfig,
@@ -22,7 +23,7 @@ from vdev.vmm.config import (
     VhostUserConfig,
     VsockConfig,
 )
-from vdev.vmm.decode import decode, encode, load_machine, parse_options
+from vdev.vmm.decode import load_machine
 
 KERNEL = 'kernel = "vmlinuz"\n'
 WHOLE = """\

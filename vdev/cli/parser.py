@@ -8,6 +8,7 @@ from typing import Any, NoReturn, cast
 
 from vdev.blk.options import CACHE_MODES, ENGINES, LOCKS
 from vdev.cli.parsing import Fill, LaterParser, Parser, add_loop_argument, command, whole_number
+from vdev.cli.switch_parser import add_switch_parsers
 from vdev.cli.vm_parser import add_run_parser, add_vm_parsers
 
 EPILOG = """\
@@ -48,6 +49,7 @@ def vdev_parser() -> Parser:
         ("serve", "serve the devices of a configuration file, again when that crashes", _add_serve),
         ("run", "run a machine, with its console on this terminal", add_run_parser),
         ("vm", "what a running machine shall do", _add_vm),
+        ("switch", "a virtual switch between guests", _add_switch),
         ("status", "what the running servers and machines of this user do", _add_status),
         ("resize", "tell a server that a disk's image has another size", _add_resize),
         ("link", "plug or pull the cable of a server's network card", _add_link),
@@ -87,6 +89,11 @@ def _add_serve(parser: Parser) -> None:
 def _add_vm(parser: Parser) -> None:
     verbs = parser.add_subparsers(metavar="VERB", required=True, prog=parser.prog)
     add_vm_parsers(lambda name, text: verbs.add_parser(name, **_described(text)))
+
+
+def _add_switch(parser: Parser) -> None:
+    verbs = parser.add_subparsers(metavar="VERB", required=True, prog=parser.prog)
+    add_switch_parsers(lambda name, text: verbs.add_parser(name, **_described(text)))
 
 
 def _add_status(parser: Parser) -> None:

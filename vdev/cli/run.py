@@ -19,6 +19,7 @@ from vdev.errors import UserError
 from vdev.machines.choice import choose_vmm
 from vdev.machines.control import log_path
 from vdev.machines.run import Front, run_machine, without_front
+from vdev.tables import parse_options
 from vdev.units import parse_size
 from vdev.vmm.api import Outcome, VirtualMachine
 from vdev.vmm.config import (
@@ -30,7 +31,7 @@ from vdev.vmm.config import (
     VhostUserConfig,
     VsockConfig,
 )
-from vdev.vmm.decode import load_machine, parse_options
+from vdev.vmm.decode import load_machine
 from vdev.vmm.host import check_host
 
 if TYPE_CHECKING:

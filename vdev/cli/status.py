@@ -159,6 +159,8 @@ def _table(server: Status, before: Status | None, seconds: float) -> Table:
 def _title(server: Status) -> str:
     if machine := server.get("machine"):
         return f"machine {machine['name']} ({machine['state']}, {machine['vmm']})"
+    if switch := server.get("switch"):
+        return f"switch {switch['name']}"
     return f"vdev {server['version']}"
 
 

@@ -13,9 +13,9 @@ from vdev.cli import EXIT_FAILED, EXIT_OK
 from vdev.errors import UserError
 from vdev.machines.client import MachineClient
 from vdev.server.control import find_servers, request
+from vdev.tables import parse_options
 from vdev.units import format_size, parse_size
 from vdev.vmm.config import DiskConfig, NicConfig
-from vdev.vmm.decode import parse_options
 
 _READ = 4096
 

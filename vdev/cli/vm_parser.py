@@ -32,7 +32,7 @@ def add_run_parser(parser: Parser) -> None:
         "--net",
         action="append",
         default=[],
-        metavar="bridge=B|tap=T|socket=S[,KEY=VALUE...]",
+        metavar="bridge=B|tap=T|switch=W|socket=S[,KEY=VALUE...]",
         help="a network card; mac, queues, mtu, address, id",
     )
     add(
@@ -103,7 +103,9 @@ def add_vm_parsers(new: Callable[[str, str], Parser]) -> None:
     disk = verb("add-disk", "add_disk", "plug a disk in; prints its id")
     disk.add_argument("disk", metavar="FILE[,ro,KEY=VALUE...]", help="as vdev run --disk")
     nic = verb("add-nic", "add_nic", "plug a network card in; prints its id")
-    nic.add_argument("nic", metavar="bridge=B|tap=T|socket=S[,...]", help="as vdev run --net")
+    nic.add_argument(
+        "nic", metavar="bridge=B|tap=T|switch=W|socket=S[,...]", help="as vdev run --net"
+    )
     remove = verb("remove", "remove", "unplug a disk or a card; returns when the guest let go")
     remove.add_argument("device", metavar="ID", help="its id in vdev vm info")
     link = verb("link", "link", "plug or pull the cable of a network card")

@@ -18,8 +18,8 @@ from typing import Any
 from vdev.blk.image import open_image
 from vdev.errors import UserError
 from vdev.server.control import find_machine, open_stream, request
+from vdev.tables import encode
 from vdev.vmm.config import DiskConfig, NicConfig
-from vdev.vmm.decode import encode
 
 _LONG = 60.0
 

@@ -19,10 +19,10 @@ from typing import Any
 import vdev
 from vdev.errors import UserError
 from vdev.server.control import ControlServer, Handler, Request, Stream, default_path, find_machine
+from vdev.tables import decode
 from vdev.units import parse_size
 from vdev.vmm.api import VirtualMachine
 from vdev.vmm.config import DiskConfig, NicConfig
-from vdev.vmm.decode import decode
 
 _log = logging.getLogger("vdev.machine")
 _READ = 4096

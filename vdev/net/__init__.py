@@ -1,4 +1,5 @@
-"""Network devices: `serve` one on a vhost-user socket, or build a `NetDevice` of one's own."""
+"""Network devices: `serve` one on a vhost-user socket, or many from one `Switch`; or build a
+`NetDevice` of one's own."""
 
 from __future__ import annotations
 
@@ -9,11 +10,13 @@ if TYPE_CHECKING:
     from vdev.net.tap import Tap as Tap
     from vdev.net.wiring import Wiring as Wiring
     from vdev.server.net import serve as serve
+    from vdev.server.switch import Switch as Switch
 
-__all__ = ["NetDevice", "Tap", "Wiring", "serve"]
+__all__ = ["NetDevice", "Switch", "Tap", "Wiring", "serve"]
 
 _HOMES = {
     "NetDevice": "vdev.net.device",
+    "Switch": "vdev.server.switch",
     "Tap": "vdev.net.tap",
     "Wiring": "vdev.net.wiring",
     "serve": "vdev.server.net",

@@ -1,4 +1,4 @@
-"""The virtio network device: features, config space, link state (virtio 1.3, section 5.1).
+"""The network card on a tap.
 
 The frames themselves go between tap and guest in the native half; this is what surrounds them.
 """
@@ -8,30 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from vdev._native import ffi, lib
-from vdev.errors import PeerError, UserError
 from vdev.iothread import IOThread
 from vdev.net import tap as taps
+from vdev.net.card import Card, parse_mac, stable_mac
 from vdev.net.tap import Tap
-from vdev.virtio.device import NativeDevice
-from vdev.virtio.spec import RING_FEATURES
 
-_FEATURES = (
-    lib.VIRTIO_NET_F_CSUM,
-    lib.VIRTIO_NET_F_GUEST_CSUM,
-    lib.VIRTIO_NET_F_MAC,
-    lib.VIRTIO_NET_F_GUEST_TSO4,
-    lib.VIRTIO_NET_F_GUEST_TSO6,
-    lib.VIRTIO_NET_F_GUEST_ECN,
-    lib.VIRTIO_NET_F_HOST_TSO4,
-    lib.VIRTIO_NET_F_HOST_TSO6,
-    lib.VIRTIO_NET_F_HOST_ECN,
-    lib.VIRTIO_NET_F_MRG_RXBUF,
-    lib.VIRTIO_NET_F_STATUS,
-)
 _OFFLOADS = {
     lib.VIRTIO_NET_F_GUEST_CSUM: taps.OFFLOAD_CSUM,
     lib.VIRTIO_NET_F_GUEST_TSO4: taps.OFFLOAD_TSO4,
@@ -42,19 +26,13 @@ _ETHERTYPE_RARP = 0x8035
 _FRAME_MIN = 60
 
 
-class NetDevice(NativeDevice):
+class NetDevice(Card):
     """A virtio-net device on an open tap, one queue pair to each queue of the tap.
 
     `mac`: "52:54:00:12:34:56"; without one, an address that is the same for the same tap name on
-    the same host.  `mtu` in bytes is told to the guest; None = Ethernet's usual one, which is not.
-    The tap stays the caller's to close.
+    the same host.  `mtu`: see `Card`.  The tap stays the caller's to close.
     Raises UserError for a MAC address that no station can have.
     """
-
-    device_id = lib.VIRTIO_ID_NET
-    supports_mtu = True
-    supports_rarp = True
-    supports_iommu = True
 
     def __init__(
         self,
@@ -65,22 +43,14 @@ class NetDevice(NativeDevice):
         mac: str | None = None,
         mtu: int | None = None,
     ) -> None:
-        super().__init__(iothreads)
-        self.name = name
+        super().__init__(
+            iothreads=iothreads,
+            name=name,
+            mac=parse_mac(mac) if mac is not None else stable_mac(tap.name),
+            mtu=mtu,
+            pairs=len(tap.fds),
+        )
         self.tap = tap
-        self.mac = parse_mac(mac) if mac is not None else stable_mac(tap.name)
-        self.mtu = mtu
-        self._mtu_told = mtu  # which a front-end may have set
-        self.link_up = True
-        self.num_queues = 2 * len(tap.fds)
-        self.queue_groups = len(tap.fds)
-        self.features: int = RING_FEATURES | sum(1 << bit for bit in _FEATURES)
-        if mtu is not None:
-            self.features |= 1 << lib.VIRTIO_NET_F_MTU
-        if len(tap.fds) > 1:
-            # MQ requires CTRL_VQ (virtio 1.3, section 5.1.3.1), whose queue the VMM serves.
-            self.features |= 1 << lib.VIRTIO_NET_F_MQ | 1 << lib.VIRTIO_NET_F_CTRL_VQ
-        self.supports_multiqueue = len(tap.fds) > 1
         self.native = self._new_native()
 
     def _new_native(self) -> Any:
@@ -94,15 +64,6 @@ class NetDevice(NativeDevice):
             raise OSError(-result, os.strerror(-result), f"net device on tap {self.tap.name}")
         return out[0]
 
-    def config(self) -> bytes:
-        """The config space (struct virtio_net_config)."""
-        space = ffi.new("struct virtio_net_config *")
-        space.mac = self.mac
-        space.status = lib.VIRTIO_NET_S_LINK_UP if self.link_up else 0
-        space.max_virtqueue_pairs = len(self.tap.fds)
-        space.mtu = self._mtu_told or 0
-        return bytes(ffi.buffer(space))
-
     def negotiate(self, features: int) -> None:
         """Has the tap speak as the driver does: header, byte order, and unfinished frames."""
         super().negotiate(features)
@@ -115,23 +76,6 @@ class NetDevice(NativeDevice):
         offloads = sum(value for bit, value in _OFFLOADS.items() if features >> bit & 1)
         # Segments need checksums (section 5.1.3.1); the kernel refuses the one without the other.
         self.tap.set_offloads(offloads if offloads & taps.OFFLOAD_CSUM else 0)
-
-    def save(self) -> dict[str, Any]:
-        told = self._mtu_told if self._mtu_told != self.mtu else None
-        return {"link_up": self.link_up, "mtu": told}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        # Snapshots did not always have them.
-        link_up, mtu = state.get("link_up", True), state.get("mtu")
-        if (
-            not isinstance(link_up, bool)
-            or not (mtu is None or type(mtu) is int)
-            or not state.keys() <= {"link_up", "mtu"}
-        ):
-            raise ValueError(f"{self.name}: not the state of a network card")
-        if mtu is not None:
-            self.set_mtu(mtu)
-        self.set_link(link_up)
 
     def describe(self) -> dict[str, Any]:
         """The tap, and whether the link is up."""
@@ -154,63 +98,14 @@ class NetDevice(NativeDevice):
         if pair and not transmits:
             self.tap.attach_queue(pair, enabled)
 
-    def set_mtu(self, mtu: int) -> None:
-        """Sets the tap's MTU in bytes, and what the driver finds, until the front-end leaves.
-
-        Raises PeerError out of virtio's range, OSError where the tap is gone.
-        """
-        if not lib.VIRTIO_NET_MTU_MIN <= mtu <= lib.VIRTIO_NET_MTU_MAX:
-            raise PeerError(
-                f"{self.name}: MTU {mtu}: {lib.VIRTIO_NET_MTU_MIN} to {lib.VIRTIO_NET_MTU_MAX}"
-            )
-        self.tap.set_mtu(mtu)
-        self._mtu_told = mtu
-
-    def release(self) -> None:
-        """A front-end's MTU goes with it."""
-        super().release()
-        if self._mtu_told != self.mtu:
-            with contextlib.suppress(OSError):  # as in `reset`
-                self.tap.set_mtu(self.mtu or taps.MTU_USUAL)
-            self._mtu_told = self.mtu
-
     def announce(self, mac: bytes) -> None:
         """Sends a RARP request in the guest's name, from which switches learn where it is."""
         request = b"\x00\x01\x08\x00\x06\x04\x00\x03" + mac + bytes(4) + mac + bytes(4)
         ethernet = b"\xff" * 6 + mac + _ETHERTYPE_RARP.to_bytes(2, "big")
         self.tap.send((ethernet + request).ljust(_FRAME_MIN, b"\0"))
 
-    def set_link(self, up: bool) -> None:
-        """Plugs or pulls the cable, at the tap too: the driver is told by a config notification.
+    def _apply_mtu(self, mtu: int) -> None:
+        self.tap.set_mtu(mtu)
 
-        Raises OSError where the tap is gone.
-        """
-        if self.link_up != up:
-            self.tap.set_carrier(up)
-            self.link_up = up
-            self.notify_config()
-
-
-def parse_mac(text: str) -> bytes:
-    """The 6 bytes of "52:54:00:12:34:56". Raises UserError unless it names one station."""
-    try:
-        mac = bytes.fromhex(text.replace(":", " ").replace("-", " "))
-    except ValueError:
-        mac = b""
-    if len(mac) != 6 or len(text) != 17:
-        raise UserError(f"MAC address {text!r}: six bytes in hexadecimal, like 52:54:00:12:34:56")
-    if mac[0] & 1 or not any(mac):
-        raise UserError(f"MAC address {text!r}: a group's or empty; the first byte must be even")
-    return mac
-
-
-def stable_mac(name: str) -> bytes:
-    """A locally administered address that differs between hosts and names, but not with time."""
-    import hashlib  # maps a library of 5 MiB
-
-    try:
-        host = Path("/etc/machine-id").read_text().strip()
-    except OSError:
-        host = os.uname().nodename
-    digest = hashlib.sha256(f"{host} guest {name}".encode()).digest()
-    return bytes([(digest[0] & 0xFC) | 0x02, *digest[1:6]])
+    def _apply_link(self, up: bool) -> None:
+        self.tap.set_carrier(up)

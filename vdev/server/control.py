@@ -3,8 +3,8 @@
     {"command": "status"}                          → {"ok": true, "result": {...}}
     {"command": "resize", "device": "blk0", ...}   → {"ok": false, "error": "one clear line"}
 
-Sockets stand in one directory as PID.sock, machines' as NAME.PID.sock, so that `vdev status` finds
-everything of its user.
+Sockets stand in one directory as PID.sock, machines' and switches' as NAME.PID.sock, so that
+`vdev status` finds everything of its user.
 The directory is the owner's (0700), the socket too (0600), and the kernel's word on the peer
 (SO_PEERCRED) is asked besides: only the owner and root are answered.
 
@@ -63,7 +63,7 @@ class Stream(NamedTuple):
 def default_path(name: str | None = None) -> Path:
     """Where this process has its control socket; its directory is made, and tidied.
 
-    `name`: of the machine that it runs.
+    `name`: of the machine, or the switch, that it runs.
 
     Raises UserError where there can be none.
     """

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import vdev
 from vdev.blk.device import BlkDevice
 from vdev.errors import UserError
-from vdev.net.device import NetDevice
+from vdev.net.card import Card
 from vdev.server.control import (
     ControlServer,
     ControlSocket,
@@ -39,7 +39,7 @@ from vdev.units import parse_size
 _log = logging.getLogger("vdev.service")
 _ANSWER_SECONDS = 1.0
 Control = str | bool | ControlSocket
-D = TypeVar("D", BlkDevice, NetDevice)
+D = TypeVar("D", BlkDevice, Card)
 
 
 def _say_ready() -> None:
@@ -215,13 +215,13 @@ class Service:
 
     async def link(self, request: Request) -> dict[str, bool]:
         """The command "link": {"device": name, "up": whether its cable is plugged in}."""
-        card, up = self._device(request, NetDevice, "card"), request.get("up")
+        card, up = self._device(request, Card, "card"), request.get("up")
         if not isinstance(up, bool):
             raise UserError(f"up {up!r}: true or false")
         try:
             card.set_link(up)
         except OSError as error:
-            raise UserError(f"device {card.name!r}: its tap: {error.strerror}") from None
+            raise UserError(f"device {card.name!r}: its network: {error.strerror}") from None
         return {"up": up}
 
     def _device(self, request: Request, kind: type[D], what: str) -> D:
@@ -259,12 +259,12 @@ async def _leave(_reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -
 
 @contextlib.asynccontextmanager
 async def controlled(
-    control: Control, handlers: Mapping[str, Handler]
+    control: Control, handlers: Mapping[str, Handler], name: str | None = None
 ) -> AsyncIterator[ControlServer | None]:
     """Answers commands meanwhile.
 
-    ``control`` is the path of the control socket, True for the default place, False for none, or a
-    socket from another process.
+    ``control`` is the path of the control socket, True for the default place (see `default_path`,
+    ``name``), False for none, or a socket from another process.
     """
     if control is False:
         yield None
@@ -277,7 +277,7 @@ async def controlled(
         await server.start()
     else:
         try:
-            server = ControlServer(default_path(), handlers)
+            server = ControlServer(default_path(name), handlers)
             await server.start()
         except UserError as error:
             # Nobody asked for this one: a server serves without.

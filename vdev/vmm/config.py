@@ -2,7 +2,7 @@
 
 Each check raises UserError with one line: thing, value, what would be right.  Identifiers that were
 left out are given by the machine (``disk0``, ``nic0``, …), since hot-plug needs a name for each.
-The field metadata say what `vdev.vmm.decode` has to know: the name of a table in a file, and which
+The field metadata say what `vdev.tables` has to know: the name of a table in a file, and which
 texts are sizes or paths.
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 from vdev.blk.options import CACHE_MODES, ENGINES
 from vdev.errors import UserError
 from vdev.record import Record
+from vdev.runtime import switch_socket
 from vdev.vmm.layout import CPUS_MAX, ram_ranges
 
 VMMS = ("auto", "kvm", "qemu", "cloud-hypervisor")
@@ -62,7 +63,8 @@ class DiskConfig(Record):
 
 
 class NicConfig(Record):
-    """A network card on a tap, on a bridge (by a tap of its own), or on a vhost-user socket.
+    """A network card on a tap, on a bridge (by a tap of its own), or on a vhost-user socket, which
+    may be a switch's: by its name, or its path.
 
     mac: made from the machine's name and the card's id where there is none, so that it stays.
     queues: receive and transmit pairs.  address: of the host's end, like "10.0.0.1/24".
@@ -70,6 +72,7 @@ class NicConfig(Record):
 
     bridge: str | None = None
     tap: str | None = None
+    switch: str | None = None
     socket: str | None = field(default=None, metadata=PATH)
     mac: str | None = None
     queues: int = 1
@@ -78,8 +81,14 @@ class NicConfig(Record):
     id: str = ""
 
     def __post_init__(self) -> None:
+        if self.switch is not None:
+            if self.socket is not None:
+                raise UserError("a network card has a switch or a socket, not both")
+            _not_empty("network card", "switch", self.switch)
+            object.__setattr__(self, "socket", str(switch_socket(self.switch)))
+            object.__setattr__(self, "switch", None)
         if self.socket is None and self.tap is None and self.bridge is None:
-            raise UserError("a network card needs a bridge, a tap or a vhost-user socket")
+            raise UserError("a network card needs a bridge, a tap, a switch or a vhost-user socket")
         if self.socket is not None:
             _not_empty("network card", "socket", self.socket)
             for name in ("tap", "bridge", "address"):

@@ -81,7 +81,7 @@ class Maker(NamedTuple):
         self, nic: NicConfig, stack: contextlib.AsyncExitStack, opened: Opened | None
     ) -> Device:
         if nic.socket is not None:
-            from vdev.net.device import parse_mac
+            from vdev.net.card import parse_mac
 
             sock = _socket(_only(opened, "socket")["socket"]) if opened else None
             assert nic.mac is not None

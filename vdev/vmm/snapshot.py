@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from vdev.errors import UserError
+from vdev.tables import decode
 from vdev.vmm.config import MachineConfig
-from vdev.vmm.decode import decode
 from vdev.vmm.layout import MIB
 from vdev.vmm.snapshot_files import (
     DISKS,

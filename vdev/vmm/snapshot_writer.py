@@ -15,8 +15,8 @@ from typing import Any, Protocol, Self
 
 from vdev.blk.image import Image
 from vdev.errors import UserError
+from vdev.tables import encode
 from vdev.vmm.config import MachineConfig
-from vdev.vmm.decode import encode
 from vdev.vmm.ram import Ram
 from vdev.vmm.snapshot_files import (
     BLOCK,
