@@ -189,12 +189,12 @@ int vmm_kvm_check(int kvm_fd, const char **missing);
 /* What KVM can show to a guest; returns how many entries. -E2BIG: more than `max`. */
 int vmm_kvm_cpuid(int kvm_fd, struct vmm_cpuid *out, uint32_t max);
 
-/* A virtual machine with local APICs and an I/O APIC in the kernel. */
-int vmm_vm_new(int kvm_fd, struct vmm_bus *bus, struct vhost_events *events, struct vmm_vm **out);
+/* A virtual machine with local APICs and an I/O APIC in the kernel.  Every region of `memory` is
+ * RAM of the guest's; it is held until the end. */
+int vmm_vm_new(int kvm_fd, struct vmm_bus *bus, struct vhost_events *events,
+               struct vhost_memory *memory, struct vmm_vm **out);
 /* Its vCPUs have been freed before. */
 void vmm_vm_free(struct vmm_vm *vm);
-/* Every region is RAM of the guest's; `memory` is held until the end. */
-int vmm_vm_set_memory(struct vmm_vm *vm, struct vhost_memory *memory);
 /* Has KVM note the pages that vCPUs write, or no more. */
 int vmm_vm_log_dirty(struct vmm_vm *vm, bool on);
 /* Takes what was noted of region `index` of the memory out: page n of it is bit n % 8 of byte n

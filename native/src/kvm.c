@@ -89,6 +89,22 @@ static void ignore_config_address(struct vmm_vm *vm)
     kvm_ioctl(vm->fd, KVM_REGISTER_COALESCED_MMIO, &zone);
 }
 
+static int set_slots(struct vmm_vm *vm, uint32_t flags)
+{
+    for (uint32_t slot = 0; slot < vm->memory->count; slot++) {
+        const struct vhost_region *r = vm->memory->region[slot];
+        struct kvm_userspace_memory_region region = {.slot = slot,
+                                                     .flags = flags,
+                                                     .guest_phys_addr = r->guest_addr,
+                                                     .memory_size = r->size,
+                                                     .userspace_addr = (uintptr_t)r->host};
+        int err = kvm_ioctl(vm->fd, KVM_SET_USER_MEMORY_REGION, &region);
+        if (err < 0)
+            return err;
+    }
+    return 0;
+}
+
 static int create(struct vmm_vm *vm)
 {
     uint64_t identity = KVM_IDENTITY_MAP;
@@ -99,7 +115,11 @@ static int create(struct vmm_vm *vm)
     vm->run_size = kvm_ioctl_number(vm->kvm_fd, KVM_GET_VCPU_MMAP_SIZE, 0);
     if (vm->run_size < 0)
         return vm->run_size;
-    int err = kvm_ioctl(vm->fd, KVM_SET_IDENTITY_MAP_ADDR, &identity);
+    /* First: once KVM has put a device on a bus, it keeps a slot waiting until nobody can still see
+     * the old bus (SRCU), which takes 5 to 10 ms of a start. */
+    int err = set_slots(vm, 0);
+    if (err == 0)
+        err = kvm_ioctl(vm->fd, KVM_SET_IDENTITY_MAP_ADDR, &identity);
     if (err == 0)
         err = kvm_ioctl_number(vm->fd, KVM_SET_TSS_ADDR, KVM_TSS);
     if (err == 0)
@@ -115,13 +135,16 @@ static int create(struct vmm_vm *vm)
     return err;
 }
 
-int vmm_vm_new(int kvm_fd, struct vmm_bus *bus, struct vhost_events *events, struct vmm_vm **out)
+int vmm_vm_new(int kvm_fd, struct vmm_bus *bus, struct vhost_events *events,
+               struct vhost_memory *memory, struct vmm_vm **out)
 {
     struct vmm_vm *vm = calloc(1, sizeof(*vm));
 
     if (!vm)
         return -ENOMEM;
-    *vm = (struct vmm_vm){.kvm_fd = kvm_fd, .fd = -1, .bus = bus, .events = events};
+    *vm =
+        (struct vmm_vm){.kvm_fd = kvm_fd, .fd = -1, .bus = bus, .events = events, .memory = memory};
+    memory_ref(memory);
     int err = create(vm);
     if (err == 0)
         err = vmm_vm_set_routes(vm, NULL, 0);
@@ -143,37 +166,9 @@ void vmm_vm_free(struct vmm_vm *vm)
     free(vm);
 }
 
-static int set_slots(struct vmm_vm *vm, const struct vhost_memory *memory, uint32_t flags)
-{
-    for (uint32_t slot = 0; slot < memory->count; slot++) {
-        const struct vhost_region *r = memory->region[slot];
-        struct kvm_userspace_memory_region region = {.slot = slot,
-                                                     .flags = flags,
-                                                     .guest_phys_addr = r->guest_addr,
-                                                     .memory_size = r->size,
-                                                     .userspace_addr = (uintptr_t)r->host};
-        int err = kvm_ioctl(vm->fd, KVM_SET_USER_MEMORY_REGION, &region);
-        if (err < 0)
-            return err;
-    }
-    return 0;
-}
-
-int vmm_vm_set_memory(struct vmm_vm *vm, struct vhost_memory *memory)
-{
-    if (vm->memory)
-        return -EBUSY;
-    int err = set_slots(vm, memory, 0);
-    if (err < 0)
-        return err;
-    memory_ref(memory);
-    vm->memory = memory;
-    return 0;
-}
-
 int vmm_vm_log_dirty(struct vmm_vm *vm, bool on)
 {
-    return set_slots(vm, vm->memory, on ? KVM_MEM_LOG_DIRTY_PAGES : 0);
+    return set_slots(vm, on ? KVM_MEM_LOG_DIRTY_PAGES : 0);
 }
 
 int vmm_vm_take_dirty(struct vmm_vm *vm, uint32_t index, void *bits)

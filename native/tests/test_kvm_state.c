@@ -10,6 +10,7 @@ enum { CPUID_MAX = 256, ROOM = 1 << 17, CHANGES = 2000, HEAD = 8 };
 
 static struct vmm_bus *bus;
 static struct vhost_events *events;
+static struct vhost_memory *memory;
 static struct vmm_vm *vm;
 static struct vmm_vcpu *vcpu;
 static uint64_t seed;
@@ -22,7 +23,8 @@ static void begin(int kvm)
     CHECK(count > 0);
     bus = new_bus();
     CHECK_EQ(vhost_events_new(&events), 0);
-    CHECK_EQ(vmm_vm_new(kvm, bus, events, &vm), 0);
+    CHECK_EQ(vhost_memory_new(NULL, 0, &memory), 0);
+    CHECK_EQ(vmm_vm_new(kvm, bus, events, memory, &vm), 0);
     CHECK_EQ(vmm_vcpu_new(vm, 0, 1, cpuid, (uint32_t)count, &vcpu), 0);
     seed = 1;
 }
@@ -31,6 +33,7 @@ static void end(void)
 {
     vmm_vcpu_free(vcpu);
     vmm_vm_free(vm);
+    vhost_memory_unref(memory);
     vhost_events_free(events);
     vmm_bus_free(bus);
 }

@@ -52,9 +52,6 @@ class Vm(FakeVm):
         self.vcpus: list[Vcpu] = []
         self.runs = False
 
-    def set_memory(self, memory: object) -> None:
-        """KVM would map it."""
-
     def add_vcpu(self, *_arguments: object) -> None:
         self.vcpus.append(Vcpu())
 

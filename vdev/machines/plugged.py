@@ -142,7 +142,7 @@ class DeviceSet(Generic[P]):
             part = self._parts.nic(nic.id, mac, nic.queues, nic.mtu)
             return self.add_external(nic.id, "net", part, nic.socket)
         from vdev.net.device import NetDevice
-        from vdev.server.net import serve as serve_net  # brings pyroute2
+        from vdev.server.net import serve as serve_net  # brings all wiring
 
         folder = _Folder()
         server = serve_net(

@@ -137,7 +137,7 @@ async def opened_devices(
                 )
                 opened.append(Opened(*await stack.enter_async_context(disk), BLK_LOG))
             else:
-                from vdev.server.net import LOG, opened_card  # brings pyroute2
+                from vdev.server.net import LOG, opened_card  # brings all wiring
 
                 card = opened_card(
                     **spec.arguments, iothreads=threads, name=spec.name, inherited=stands_on

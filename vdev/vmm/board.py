@@ -205,9 +205,8 @@ class Board:
         }
 
     def _new_vm(self) -> VM:
-        vm = VM(self._kvm, self._bus, self._callbacks.vcpu_ended)
+        vm = VM(self._kvm, self._bus, self.ram.memory, self._callbacks.vcpu_ended)
         self.vm = vm
-        vm.set_memory(self.ram.memory)
         self._interrupts.attach(vm)
         self.plugs.attach(vm)
         self.tracker.attach(vm)

@@ -99,10 +99,12 @@ class Vcpu:
 class VM:
     """A virtual machine within a running event loop; close it with `close`.
 
-    on_exit: called with each vCPU's `Exit`.
+    memory: the guest's.  on_exit: called with each vCPU's `Exit`.
     """
 
-    def __init__(self, kvm_fd: int, bus: Bus, on_exit: Callable[[Exit], None]) -> None:
+    def __init__(
+        self, kvm_fd: int, bus: Bus, memory: GuestMemory, on_exit: Callable[[Exit], None]
+    ) -> None:
         """Raises OSError where KVM refuses."""
         self._bus = bus
         self._on_exit = on_exit
@@ -113,13 +115,11 @@ class VM:
         check(lib.vhost_events_new(events), "events of a machine")
         self._events = ffi.gc(events[0], lib.vhost_events_free)
         out = ffi.new("struct vmm_vm **")
-        check(lib.vmm_vm_new(kvm_fd, bus.native, self._events, out), "virtual machine")
+        result = lib.vmm_vm_new(kvm_fd, bus.native, self._events, memory.native, out)
+        check(result, "virtual machine")
         self.native = out[0]
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(lib.vhost_events_fd(self._events), self._read_events)
-
-    def set_memory(self, memory: GuestMemory) -> None:
-        check(lib.vmm_vm_set_memory(self.native, memory.native), "guest memory")
 
     def log_dirty(self, on: bool) -> None:
         """Has KVM note the pages that vCPUs write, or no more."""
