@@ -306,7 +306,7 @@ def test_a_successor_that_fails(server: Replaced, tmp_path: Path, step: str, how
 def test_a_successor_that_serves_and_does_not_say_so(server: Replaced, tmp_path: Path) -> None:
     """It has ended before the old one goes on."""
     with BlkClient("s") as disk:
-        with pytest.raises(UserError, match="the other end has gone .*; this server goes on"):
+        with pytest.raises(UserError, match=r"the other end has gone .*; this server goes on"):
             server.upgrade(program=failing(tmp_path, "serving", "skip"))
         assert disk.read(0, SECTOR) == bytes(SECTOR)
         server.check_alive()
