@@ -133,6 +133,10 @@ static void run(const struct scenario *s, uint32_t batch, uint64_t requests)
     struct vhost_queue_config config = driver_config(&b.ring, s->queue);
     if (s->tracked)
         config.inflight = inflight_new(s->features & PACKED);
+    if (s->logged) {
+        CHECK_EQ(vhost_log_new((GUEST_BASE + 4 * GUEST_SIZE) / VHOST_LOG_PAGE, &config.log), 0);
+        config.log_used = config.used;
+    }
     CHECK_EQ(vhost_queue_new(&config, b.device, b.guest.memory, &b.queue), 0);
     offer(&b, s->ahead);
 

@@ -38,6 +38,7 @@ struct scenario {
     uint32_t ahead; /* chains that the guest makes available before the first batch */
     bool loop;      /* passes are the iothread's own */
     bool tracked;   /* what is in flight is noted */
+    bool logged;    /* and which pages are written */
     void (*open)(struct bench *b);                     /* makes the device, and its requests */
     void (*before)(struct bench *b, uint32_t batch);   /* the network's turn; may be NULL */
     void (*check)(struct bench *b, uint64_t requests); /* afterwards: all was done as meant */
@@ -297,6 +298,20 @@ static const struct scenario scenarios[] = {
     {.name = "blk-null-read", .features = USUAL, .open = open_null_read, .check = check_blk},
     {.name = "blk-null-write", .features = USUAL, .open = open_null_write, .check = check_blk},
     {.name = "blk-tmpfs-read", .features = USUAL, .open = open_tmpfs_read, .check = check_tmpfs},
+    {.name = "blk-logged-read",
+     .features = USUAL,
+     .logged = true,
+     .open = open_null_read,
+     .check = check_blk},
+    {.name = "blk-packed-read",
+     .features = PACKED | USUAL,
+     .open = open_null_read,
+     .check = check_blk},
+    {.name = "blk-packed-logged-read",
+     .features = PACKED | USUAL,
+     .logged = true,
+     .open = open_null_read,
+     .check = check_blk},
     {.name = "blk-uring-write", .features = USUAL, .open = open_uring_write, .check = check_uring},
     {.name = "blk-packed-write",
      .features = PACKED | USUAL,

@@ -1,6 +1,7 @@
 /*
  * Any ring, served by a device that looks at all that it is given: every buffer must lie in the
- * guest's memory, and what is popped is pushed, the last first if the input says so.
+ * guest's memory, and where the IOMMU allows it, if there is one; and what is popped is pushed, the
+ * last first if the input says so.
  */
 #include "guest.h"
 
@@ -16,13 +17,16 @@ static void touch(struct vhost_queue *q, const struct chain *c)
     for (uint32_t i = 0; i < c->readable + c->writable; i++) {
         const char *base = c->iov[i].iov_base;
         size_t len = c->iov[i].iov_len, inside = 0;
-        for (uint32_t r = 0; r < q->memory->count; r++) {
-            const struct vhost_region *region = q->memory->region[r];
+        for (uint32_t r = 0; r < guest.memory->count; r++) {
+            const struct vhost_region *region = guest.memory->region[r];
             inside |= base >= region->host && len <= region->size &&
                       (size_t)(base - region->host) <= region->size - len;
         }
         CHECK(inside);
-        CHECK_EQ(memory_guest_addr(q->memory, base, &hint) < MEMORY, 1);
+        uint64_t addr = memory_guest_addr(q->memory, base, &hint);
+        CHECK_EQ(addr < MEMORY, 1);
+        unsigned access = i < c->readable ? VHOST_ACCESS_READ : VHOST_ACCESS_WRITE;
+        CHECK(!(guest.setup.flags & FLAG_VIEW) || iotlb_allows(&guest.iotlb, addr, len, access));
         if (i < c->readable)
             sum += (unsigned char)base[0] + (unsigned char)base[len - 1];
         else

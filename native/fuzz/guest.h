@@ -11,6 +11,7 @@
 
 #include "../tests/harness.h"
 #include "iothread.h"
+#include "iotlb.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -26,6 +27,9 @@ enum {
     AT_DESC = 0,
     AT_AVAIL = 0x800,
     AT_USED = 0xa00,
+    /* And behind an IOMMU the IOVA of all that: the descriptors begin in one page and end in
+       another. */
+    AT_IOVA = 0xc00,
 };
 
 struct setup {
@@ -48,7 +52,8 @@ enum {
     FLAG_LOG = 4,
     FLAG_PACKED = 8,
     FLAG_HALF = 16,
-    FLAG_IN_ORDER = 32
+    FLAG_IN_ORDER = 32,
+    FLAG_VIEW = 64 /* behind an IOMMU; a write may be a change of what that shows (iotlb.h) */
 };
 
 struct guest {
@@ -57,6 +62,8 @@ struct guest {
     struct vhost_iothread thread;
     struct vhost_device *device;
     struct vhost_queue *queue;
+    struct vhost_memory *memory;
+    struct iotlb iotlb;
     struct vhost_inflight *inflight; /* NULL: nobody notes what is in flight */
     bool idle;                       /* at the end nothing was left to be popped again */
     struct setup setup;
@@ -125,6 +132,45 @@ static inline void one_turn(struct guest *g)
     }
 }
 
+/* The front-end gives the queue another view, by a message as ever. */
+static inline void change_view(struct guest *g, uint16_t at, uint16_t value)
+{
+    unsigned kind = at >> 13 & 3;
+    struct vhost_queue *q = g->queue;
+    struct vhost_memory *view;
+
+    if (kind == IOTLB_MADE_UP) {
+        view = iotlb_made_up(&g->iotlb, g->memory, g->host + MEMORY / 2);
+        if (!view)
+            return;
+    } else {
+        iotlb_change(&g->iotlb, at, value, MEMORY / IOVA_PAGE);
+        view = iotlb_view(&g->iotlb, g->memory);
+    }
+    atomic_store(&q->home, &g->thread);
+    if (kind == IOTLB_MORE)
+        CHECK_EQ(vhost_queue_extend_memory(q, view, 0), 0);
+    else
+        CHECK_EQ(vhost_queue_set_memory(q, view, 0), 0);
+    vhost_memory_unref(view);
+    iothread_take_mail(&g->thread);
+    /* What an earlier server had popped is popped first. */
+    for (int pass = 0; atomic_load(&q->unanswered); pass++) {
+        CHECK(pass <= RING_MAX);
+        one_turn(g);
+        queue_settle(q);
+    }
+    atomic_store(&q->home, NULL);
+}
+
+static inline void guest_acts(struct guest *g, uint16_t at, uint16_t value)
+{
+    if (g->setup.flags & FLAG_VIEW && at >> 13 & 3)
+        change_view(g, at, value);
+    else
+        ((uint16_t *)g->host)[at % (MEMORY / 2)] = value;
+}
+
 /* Any place in a packed ring, for both indexes or for that of what is available. */
 static inline uint32_t packed_index(const struct setup *setup, uint32_t size)
 {
@@ -168,23 +214,33 @@ static inline bool guest_run(struct guest *g, const struct setup *setup, const u
         config.size = 1u + setup->size % RING_MAX;
         config.next_index = packed_index(setup, config.size);
     }
-    struct vhost_memory *table = guest_memory(g);
+    g->memory = guest_memory(g);
+    struct vhost_memory *seen = g->memory;
+    if (setup->flags & FLAG_VIEW) {
+        config.desc += AT_IOVA;
+        config.avail += AT_IOVA;
+        config.used += AT_IOVA;
+        iotlb_open(&g->iotlb, setup->device >> 4, MEMORY / IOVA_PAGE);
+        seen = iotlb_view(&g->iotlb, g->memory);
+    }
     if (setup->flags & FLAG_LOG) {
         CHECK_EQ(vhost_log_new(MEMORY / VHOST_LOG_PAGE, &config.log), 0);
         config.log_used = AT_USED;
     }
-    int err = vhost_queue_new(&config, g->device, table, &g->queue);
-    vhost_memory_unref(table);
+    int err = vhost_queue_new(&config, g->device, seen, &g->queue);
+    if (seen != g->memory)
+        vhost_memory_unref(seen);
     vhost_log_unref(config.log);
-    if (err == -EBADMSG && g->inflight)
+    if (err == -EBADMSG && g->inflight) {
+        vhost_memory_unref(g->memory);
         return false;
+    }
     CHECK_EQ(err, 0);
     g->queue->thread = &g->thread;
     g->queue->polling = true;
     for (int turn = 0; turn <= setup->turns % (TURNS_MAX + 1); turn++) {
         if (turn)
-            ((uint16_t *)g->host)[setup->write[turn - 1].at % (MEMORY / 2)] =
-                setup->write[turn - 1].value;
+            guest_acts(g, setup->write[turn - 1].at, setup->write[turn - 1].value);
         if (between)
             between(g, turn);
         one_turn(g);
@@ -194,6 +250,7 @@ static inline bool guest_run(struct guest *g, const struct setup *setup, const u
     CHECK_EQ(g->queue->in_flight, 0);
     g->idle = !queue_resumes(g->queue);
     CHECK_EQ(vhost_queue_free(g->queue), 0);
+    vhost_memory_unref(g->memory);
     while (vhost_events_read(g->thread.events, events, ARRAY_SIZE(events)) > 0)
         ;
     return true;

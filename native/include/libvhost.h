@@ -334,6 +334,7 @@ enum vhost_load_flag {
     VHOST_LOAD_INDIRECT = 8,  /* negotiated: one descriptor a request, otherwise three */
     VHOST_LOAD_VERIFY = 16,   /* stamp what is written, check the stamps of what is read */
     VHOST_LOAD_PACKED = 32,   /* negotiated: the ring is packed */
+    VHOST_LOAD_IN_ORDER = 64, /* negotiated: -EPROTO where requests are used in another order */
 };
 
 struct vhost_load_config {

@@ -19,8 +19,9 @@
 
 enum {
     SECTOR = 1 << VIRTIO_BLK_SECTOR_SHIFT,
-    PASS_MAX = 128, /* requests a pass: fairness between the queues of an iothread */
-    SHOW_EVERY = 4, /* requests done at once until a polling driver sees the used index move */
+    PASS_MAX = 128,  /* requests a pass: fairness between the queues of an iothread */
+    SHOW_EVERY = 4,  /* requests done at once until a polling driver sees the used index move */
+    SHOW_LOGGED = 8, /* the same where pages are logged: each time is a full barrier */
     TMPFS_SUPER_MAGIC = 0x01021994,
 };
 
@@ -89,14 +90,14 @@ static int keep_iov(struct blk_request *r, const struct iovec *iov, uint32_t n)
 
 /* ---- completion ---- */
 
-/* The data, also of a read that failed in the middle, and the status. */
-static cold_path void log_request(struct vhost_queue *q, const struct blk_request *r)
+/* The data, also of a read that failed in the middle, and the status.  Out of line: few queues have
+ * a log. */
+static __attribute__((noinline)) void log_request(struct vhost_queue *q,
+                                                  const struct blk_request *r)
 {
-    struct iovec status = {.iov_base = r->status, .iov_len = 1};
-
     if (r->type == VIRTIO_BLK_T_IN && r->len)
         log_written(q, r->iov, r->iov_count, r->len);
-    log_written(q, &status, 1, 1);
+    log_mark(q, memory_guest_addr(q->memory, r->status, &q->log_hint), 1);
 }
 
 void blk_request_finish(struct blk_request *r, int32_t result, uint64_t now)
@@ -309,8 +310,8 @@ static int parse(struct vhost_queue *q, const struct chain *c, struct blk_reques
 /* What was done at once, a few requests for one clock read. */
 struct finished {
     uint32_t count;
-    struct blk_request *request[SHOW_EVERY];
-    int32_t result[SHOW_EVERY];
+    struct blk_request *request[SHOW_LOGGED];
+    int32_t result[SHOW_LOGGED];
 };
 
 static void finish(struct vhost_queue *q, struct finished *f)
@@ -326,7 +327,8 @@ static void finish(struct vhost_queue *q, struct finished *f)
 static bool service(struct vhost_queue *q)
 {
     struct blk *blk = blk_of(q);
-    struct finished finished = {0};
+    struct finished finished;
+    uint32_t show_every = q->log ? SHOW_LOGGED : SHOW_EVERY;
     struct chain chain;
     struct blk_request *r;
     uint32_t n = 0;
@@ -338,6 +340,7 @@ static bool service(struct vhost_queue *q)
     if (pending == 0)
         return false;
     uint64_t now = now_ns();
+    finished.count = 0;
     for (; n < pending && n < PASS_MAX && ring_pop(q, &chain); n++) {
         int32_t result = parse(q, &chain, &r);
         if (unlikely(!r)) {
@@ -350,7 +353,7 @@ static bool service(struct vhost_queue *q)
             continue;
         finished.request[finished.count] = r;
         finished.result[finished.count] = result;
-        if (++finished.count == SHOW_EVERY)
+        if (++finished.count == show_every)
             finish(q, &finished);
     }
     if (finished.count)

@@ -160,8 +160,10 @@ static int driver_open(struct driver *d)
         c->write_percent > 100 || (!c->requests && !c->duration_ns) ||
         (c->call_fd < 0 && !(c->flags & VHOST_LOAD_POLL)) || c->buffers % PAGE)
         return -EINVAL;
+    unsigned kind = (c->flags & VHOST_LOAD_PACKED ? DRIVER_RING_PACKED : 0) |
+                    (c->flags & VHOST_LOAD_IN_ORDER ? DRIVER_RING_IN_ORDER : 0);
     int err = driver_ring_open(&d->ring, &memory, c->desc, c->avail, c->used, c->queue_size,
-                               c->flags & VHOST_LOAD_PACKED ? d->stride : 0);
+                               d->stride, kind);
     if (err)
         return err;
     d->ring.event_idx = c->flags & VHOST_LOAD_EVENT_IDX;

@@ -42,18 +42,24 @@ static int open_packed(struct driver_ring *r, const struct driver_memory *memory
 
 void driver_ring_close(struct driver_ring *r)
 {
-    if (r->slot)
+    if (r->slot || r->placed)
         free(r->desc);
+    free(r->offered);
 }
 
 int driver_ring_open(struct driver_ring *r, const struct driver_memory *memory, uint64_t desc,
-                     uint64_t avail, uint64_t used, uint32_t size, uint16_t chain)
+                     uint64_t avail, uint64_t used, uint32_t size, uint16_t chain, unsigned kind)
 {
     if (size == 0 || size > VIRTQUEUE_MAX_SIZE || (size & (size - 1)))
         return -EINVAL;
     r->size = size;
     r->chain = chain;
-    if (chain)
+    if (kind & DRIVER_RING_IN_ORDER) {
+        r->offered = calloc(size, sizeof(*r->offered));
+        if (!r->offered)
+            return -ENOMEM;
+    }
+    if (kind & DRIVER_RING_PACKED)
         return open_packed(r, memory, desc, avail, used);
     if (desc % 16 || avail % 2 || used % 4)
         return -EINVAL;
@@ -64,8 +70,17 @@ int driver_ring_open(struct driver_ring *r, const struct driver_memory *memory, 
         return -EINVAL;
     r->used_ring = (struct vring_used_elem *)&r->used[2];
     r->avail_idx = r->published = r->avail[1];
-    r->used_idx = __atomic_load_n(&r->used[1], __ATOMIC_ACQUIRE);
-    return r->avail_idx == r->used_idx ? 0 : -EINVAL;
+    r->used_idx = r->checked = __atomic_load_n(&r->used[1], __ATOMIC_ACQUIRE);
+    if (r->avail_idx != r->used_idx)
+        return -EINVAL;
+    if (r->offered) {
+        struct vring_desc *own = calloc(size, sizeof(*own));
+        if (!own)
+            return -ENOMEM;
+        r->placed = r->desc;
+        r->desc = own;
+    }
+    return 0;
 }
 
 static inline uint16_t avail_event(const struct driver_ring *r)

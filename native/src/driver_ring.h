@@ -14,6 +14,11 @@
  * are of one length, so the place of the next used one is known before it is there.  What is
  * offered becomes visible by the flags of its first descriptor, and what was seen to be used is
  * counted on from where the count ended.
+ *
+ * With VIRTIO_F_IN_ORDER a device may tell of a batch by its last chain alone (virtio 1.3, sections
+ * 2.7.9 and 2.8.9).  So which chains are used is known from the order in which they were offered;
+ * what the device says of the last is compared with that.  A split ring's descriptors are copied
+ * into the ring then, too, as they have to go round it one after another.
  */
 #ifndef VHOST_DRIVER_RING_H
 #define VHOST_DRIVER_RING_H
@@ -21,6 +26,9 @@
 #include "internal.h"
 
 enum { DRIVER_AVAIL = VRING_PACKED_DESC_F_AVAIL, DRIVER_USED = VRING_PACKED_DESC_F_USED };
+
+/* A driver's ring that was told of a chain which was not next; no chain has this head. */
+enum { OUT_OF_ORDER = 0xffff };
 
 /* A place in a packed ring, and the wrap counter there. */
 struct driver_place {
@@ -36,7 +44,7 @@ struct driver_memory {
 };
 
 struct driver_ring {
-    struct vring_desc *desc; /* a packed ring's: our own, to be copied from */
+    struct vring_desc *desc; /* a packed ring's, or in order: our own, to be copied from */
     uint16_t *avail;         /* flags, idx, ring[size], used_event */
     uint16_t *used;          /* flags, idx, then elements, then avail_event */
     struct vring_used_elem *used_ring;
@@ -47,13 +55,18 @@ struct driver_ring {
     bool event_idx;
     int kick_fd, call_fd; /* or -1 */
     uint64_t kicks;
+    uint16_t chain; /* packed, or in order: descriptors of each */
+
+    /* In order; NULL where chains are used in any order. */
+    uint16_t *offered;         /* heads, by avail_idx modulo the size; OUT_OF_ORDER: see below */
+    struct vring_desc *placed; /* split: the ring's own descriptors */
+    uint16_t checked; /* split: the used index up to which the device's word was compared */
 
     /* Packed; slot is NULL where the ring is split. */
     struct vring_packed_desc *slot;
     const uint32_t *device_event; /* struct vring_packed_desc_event */
     uint32_t *driver_event;
     uint32_t wish;                   /* what stands there */
-    uint16_t chain;                  /* descriptors of each */
     uint16_t seen;                   /* chains that are used, from `take` on */
     struct driver_place fill;        /* where the next is offered */
     struct driver_place take;        /* where the next is used */
@@ -65,12 +78,14 @@ struct driver_ring {
 /* The host address of [addr, addr + size), or NULL. */
 char *driver_memory_at(const struct driver_memory *memory, uint64_t addr, uint64_t size);
 
+enum driver_ring_kind { DRIVER_RING_SPLIT = 0, DRIVER_RING_PACKED = 1, DRIVER_RING_IN_ORDER = 2 };
+
 /* Finds the ring's areas, and sets its indexes to where the ring was left; the rest of `r` is
- * the caller's to set.  `chain`: the length of each chain, 0 where the ring is split.
+ * the caller's to set.  `kind`: bits; `chain`: the length of each chain.
  * -EINVAL: size, alignment (virtio 1.3, sections 2.7 and 2.8), an area outside memory, or a split
  * ring with chains in flight; -ENOMEM. */
 int driver_ring_open(struct driver_ring *r, const struct driver_memory *memory, uint64_t desc,
-                     uint64_t avail, uint64_t used, uint32_t size, uint16_t chain);
+                     uint64_t avail, uint64_t used, uint32_t size, uint16_t chain, unsigned kind);
 void driver_ring_close(struct driver_ring *r);
 
 /* Makes what was offered since the last time visible, and kicks unless the device asked not to. */
@@ -106,27 +121,63 @@ static inline void driver_ring_copy(struct driver_ring *r, uint16_t head)
         }
         r->fill = driver_place_after(r, r->fill, 1);
     }
-    r->avail_idx++;
+}
+
+/* The first descriptor of the chain of that avail index: they have one length. */
+static inline uint16_t driver_ring_placed(const struct driver_ring *r, uint16_t idx)
+{
+    return (uint16_t)((uint32_t)idx * r->chain & (r->size - 1));
+}
+
+/* From one descriptor to the next, and from the last to the first (section 2.7.5.1). */
+static inline uint16_t driver_ring_copy_in_order(struct driver_ring *r, uint16_t head)
+{
+    uint16_t first = driver_ring_placed(r, r->avail_idx), at = first;
+
+    for (uint16_t k = 0; k < r->chain; k++) {
+        struct vring_desc *to = &r->placed[at];
+        at = (uint16_t)((at + 1) & (r->size - 1));
+        *to = r->desc[head + k];
+        to->next = at;
+    }
+    return first;
 }
 
 /* Makes a chain available; its entry is written only where the ring does not hold it already, so
  * that a ring that goes round in order stays in both CPUs' caches. */
 static inline void driver_ring_offer(struct driver_ring *r, uint16_t head)
 {
+    uint16_t at = r->avail_idx & (r->size - 1);
+
+    if (r->offered)
+        r->offered[at] = head;
     if (r->slot) {
         driver_ring_copy(r, head);
-        return;
+    } else {
+        uint16_t first = r->offered ? driver_ring_copy_in_order(r, head) : head;
+        if (r->avail[2 + at] != first)
+            r->avail[2 + at] = first;
     }
-    uint16_t *entry = &r->avail[2 + (r->avail_idx++ & (r->size - 1))];
-
-    if (*entry != head)
-        *entry = head;
+    r->avail_idx++;
 }
 
 /* Published and not yet taken back: the device cannot have used more. */
 static inline uint16_t driver_ring_in_flight(const struct driver_ring *r)
 {
     return (uint16_t)(r->published - r->used_idx);
+}
+
+/* How many chains a used descriptor tells of, which has this id: all up to that one's. */
+static inline uint16_t driver_ring_told(struct driver_ring *r, uint16_t id)
+{
+    uint16_t next = (uint16_t)(r->used_idx + r->seen), n = 0;
+
+    for (; n < driver_ring_in_flight(r) - r->seen; n++) {
+        if (r->offered[(uint16_t)(next + n) & (r->size - 1)] == id)
+            return (uint16_t)(n + 1);
+    }
+    r->offered[next & (r->size - 1)] = OUT_OF_ORDER;
+    return 1;
 }
 
 static inline uint16_t driver_ring_look(struct driver_ring *r)
@@ -136,10 +187,24 @@ static inline uint16_t driver_ring_look(struct driver_ring *r)
         uint16_t used = r->unknown.wrap ? DRIVER_AVAIL | DRIVER_USED : 0;
         if ((flags & (DRIVER_AVAIL | DRIVER_USED)) != used)
             break;
-        r->unknown = driver_place_after(r, r->unknown, r->chain);
-        r->seen++;
+        uint16_t id = __atomic_load_n(&r->slot[r->unknown.at].id, __ATOMIC_RELAXED);
+        uint16_t told = r->offered ? driver_ring_told(r, id) : 1;
+        r->unknown = driver_place_after(r, r->unknown, (uint32_t)told * r->chain);
+        r->seen = (uint16_t)(r->seen + told);
     }
     return r->seen;
+}
+
+/* Of a batch in a split ring only the last element has to be there. */
+static inline void driver_ring_compare(struct driver_ring *r, uint16_t used)
+{
+    uint16_t last = (uint16_t)(used - 1);
+
+    if (used == r->checked)
+        return;
+    if (r->used_ring[last & (r->size - 1)].id != driver_ring_placed(r, last))
+        r->offered[r->checked & (r->size - 1)] = OUT_OF_ORDER;
+    r->checked = used;
 }
 
 /* How many elements wait on the used ring. */
@@ -147,7 +212,10 @@ static inline uint16_t driver_ring_pending(struct driver_ring *r)
 {
     if (r->slot)
         return driver_ring_look(r);
-    return (uint16_t)(__atomic_load_n(&r->used[1], __ATOMIC_ACQUIRE) - r->used_idx);
+    uint16_t used = __atomic_load_n(&r->used[1], __ATOMIC_ACQUIRE);
+    if (r->offered)
+        driver_ring_compare(r, used);
+    return (uint16_t)(used - r->used_idx);
 }
 
 /* The place of a chain that is used, or will be, by its used index. */
@@ -156,9 +224,11 @@ static inline struct driver_place driver_ring_place(const struct driver_ring *r,
     return driver_place_after(r, r->take, (uint32_t)(uint16_t)(idx - r->used_idx) * r->chain);
 }
 
-/* A copy, read once: the device may go on writing there. */
+/* A copy, read once: the device may go on writing there.  In order the length is not known. */
 static inline struct vring_used_elem driver_ring_elem(const struct driver_ring *r, uint16_t idx)
 {
+    if (r->offered)
+        return (struct vring_used_elem){.id = r->offered[idx & (r->size - 1)]};
     if (r->slot) {
         const struct vring_packed_desc *d = &r->slot[driver_ring_place(r, idx).at];
         return (struct vring_used_elem){.id = __atomic_load_n(&d->id, __ATOMIC_RELAXED),

@@ -146,7 +146,7 @@ struct log_mark {
     uint8_t bits;
 };
 
-enum { LOG_MARKS = 16 };
+enum { LOG_MARKS = 24 };
 
 void log_ref(struct vhost_log *log);
 bool log_is_broken(const struct vhost_log *log);

@@ -123,24 +123,32 @@ void log_flush(struct vhost_queue *q)
     log_set(q);
 }
 
-static void note(struct vhost_queue *q, uint64_t at, uint8_t bits)
+/* A request's pages are often those of its neighbour: its data's, and the one with its status. */
+static inline void note(struct vhost_queue *q, uint64_t at, uint8_t bits)
 {
-    if (q->num_marks && q->marks[q->num_marks - 1].at == at) {
-        q->marks[q->num_marks - 1].bits |= bits;
-        return;
+    uint32_t n = q->num_marks;
+
+    for (uint32_t back = 1; back <= 2 && back <= n; back++) {
+        if (q->marks[n - back].at == at) {
+            q->marks[n - back].bits |= bits;
+            return;
+        }
     }
-    if (q->num_marks == LOG_MARKS)
+    if (n == LOG_MARKS)
         log_flush(q);
     q->marks[q->num_marks++] = (struct log_mark){.at = at, .bits = bits};
 }
 
 void log_mark(struct vhost_queue *q, uint64_t guest_addr, uint64_t len)
 {
-    struct vhost_log *log = q->log;
     uint64_t first = guest_addr / VHOST_LOG_PAGE, last = (guest_addr + len - 1) / VHOST_LOG_PAGE;
 
-    if (unlikely(first > last || last / 8 >= log->size)) {
+    if (unlikely(first > last || last / 8 >= q->log->size)) {
         queue_break(q, VHOST_FAULT_LOG);
+        return;
+    }
+    if (likely(first == last)) {
+        note(q, first / 8, (uint8_t)(1u << first % 8));
         return;
     }
     for (uint64_t at = first / 8; at <= last / 8; at++) {

@@ -20,12 +20,12 @@ static uint32_t stride_of(uint32_t size)
 static int ring_open(struct driver_ring *r, const struct vhost_packet_ring *config,
                      const struct driver_memory *memory, uint32_t flags)
 {
-    bool packed = flags & VHOST_PACKET_PACKED;
+    unsigned kind = flags & VHOST_PACKET_PACKED ? DRIVER_RING_PACKED : DRIVER_RING_SPLIT;
 
     r->event_idx = flags & VHOST_PACKET_EVENT_IDX;
     r->kick_fd = r->call_fd = -1;
     int err = driver_ring_open(r, memory, config->desc, config->avail, config->used, config->size,
-                               packed ? 1 : 0);
+                               1, kind);
     if (!err && config->kick_fd >= 0) {
         r->kick_fd = fcntl(config->kick_fd, F_DUPFD_CLOEXEC, 0);
         err = r->kick_fd < 0 ? -errno : 0;

@@ -1,6 +1,8 @@
 /* The load generator against the block device: many requests in flight, every byte checked. */
 #include "disk.h"
 
+#define IN_ORDER (UINT64_C(1) << VIRTIO_F_IN_ORDER)
+
 enum { LOAD_AT = 0x40000, QUEUE = 64 };
 
 static struct vhost_load_config load_of(struct disk *d, uint32_t flags)
@@ -56,6 +58,11 @@ static void every_engine_keeps_every_byte(void)
     for (size_t i = 0; i < ARRAY_SIZE(disk_kinds); i++)
         run_load(&disk_kinds[i], EVENT_IDX | INDIRECT,
                  VHOST_LOAD_RANDOM | VHOST_LOAD_EVENT_IDX | VHOST_LOAD_INDIRECT, 4096);
+    for (size_t i = 0; i < ARRAY_SIZE(disk_kinds); i++)
+        run_load(&disk_kinds[i], EVENT_IDX | INDIRECT | IN_ORDER,
+                 VHOST_LOAD_RANDOM | VHOST_LOAD_EVENT_IDX | VHOST_LOAD_INDIRECT |
+                     VHOST_LOAD_IN_ORDER,
+                 4096);
 }
 
 static void sizes_of_a_sector_and_of_many(void)
@@ -66,10 +73,12 @@ static void sizes_of_a_sector_and_of_many(void)
 
 static void every_way_to_wait_and_to_describe(void)
 {
-    for (uint32_t way = 0; way < 8; way++) {
-        uint64_t features = (way & 1 ? EVENT_IDX : 0) | (way & 2 ? INDIRECT : 0);
+    for (uint32_t way = 0; way < 16; way++) {
+        uint64_t features =
+            (way & 1 ? EVENT_IDX : 0) | (way & 2 ? INDIRECT : 0) | (way & 8 ? IN_ORDER : 0);
         uint32_t flags = (way & 1 ? VHOST_LOAD_EVENT_IDX : 0) |
-                         (way & 2 ? VHOST_LOAD_INDIRECT : 0) | (way & 4 ? VHOST_LOAD_POLL : 0);
+                         (way & 2 ? VHOST_LOAD_INDIRECT : 0) | (way & 4 ? VHOST_LOAD_POLL : 0) |
+                         (way & 8 ? VHOST_LOAD_IN_ORDER : 0);
         run_load(&disk_kinds[0], features, flags | VHOST_LOAD_RANDOM, 4096);
     }
 }

@@ -114,6 +114,29 @@ static void more_than_are_noted_at_once(void)
     halted_close(&h);
 }
 
+/* Bits are added to what was noted of their byte shortly before. */
+static void pages_of_two_bytes_in_turn(void)
+{
+    struct halted h;
+    const uint64_t from[] = {GUEST_BASE + FAR, GUEST_BASE + 3 * FAR};
+
+    halted_open(&h, 0);
+    for (uint64_t i = 0; i < 4; i++) {
+        for (int half = 0; half < 2; half++)
+            wrote(&h, from[half] + 2 * i * PAGE);
+    }
+    log_flush(h.rig.queue);
+    struct pages p = take_pages(h.log);
+    for (uint64_t i = 0; i < 4; i++) {
+        for (int half = 0; half < 2; half++) {
+            expect_pages(&p, from[half] + 2 * i * PAGE, 16);
+            forget_pages(&p, from[half] + 2 * i * PAGE, 16);
+        }
+    }
+    expect_no_more(&p);
+    halted_close(&h);
+}
+
 static void all_when_control_is_answered(void)
 {
     struct halted h;
@@ -152,6 +175,7 @@ static const struct test tests[] = {
     TEST(the_ring_when_it_is_published),
     TEST(the_ring_of_a_driver_that_is_never_called),
     TEST(more_than_are_noted_at_once),
+    TEST(pages_of_two_bytes_in_turn),
     TEST(all_when_control_is_answered),
     TEST(again_after_it_was_taken),
 };

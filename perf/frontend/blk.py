@@ -52,7 +52,8 @@ class Outcome:
 class BlkFrontend(Connection):
     """A connection and `queues` rings of `queue_size`, each with room for `depth` requests.
 
-    `features`, `protocol`: which to take, RING_PACKED among them for packed rings. `inflight`: the
+    `features`, `protocol`: which to take, RING_PACKED among them for packed rings, RING_IN_ORDER
+    for requests that are used in order. `inflight`: the
     back-end notes what is in flight. `logged`: and which pages it writes. `rings`: as they were
     started. Raises PeerError where the peer refuses, OSError where it is lost.
     """
@@ -119,6 +120,7 @@ class BlkFrontend(Connection):
             | (lib.VHOST_LOAD_EVENT_IDX if self.has(lib.VIRTIO_F_EVENT_IDX) else 0)
             | (lib.VHOST_LOAD_INDIRECT if self.has(lib.VIRTIO_F_INDIRECT_DESC) else 0)
             | (lib.VHOST_LOAD_PACKED if self.has(lib.VIRTIO_F_RING_PACKED) else 0)
+            | (lib.VHOST_LOAD_IN_ORDER if self.has(lib.VIRTIO_F_IN_ORDER) else 0)
         )
         with ffi.from_buffer(self.map) as memory:
             config = ffi.new(

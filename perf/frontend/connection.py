@@ -23,6 +23,8 @@ PAGE = 4096
 USER_ADDR = 0x7F00_0000_0000
 RING_FEATURES = 1 << lib.VIRTIO_F_EVENT_IDX | 1 << lib.VIRTIO_F_INDIRECT_DESC
 RING_PACKED = 1 << lib.VIRTIO_F_RING_PACKED
+RING_IN_ORDER = 1 << lib.VIRTIO_F_IN_ORDER
+_DEMANDED = {RING_PACKED: "packed rings", RING_IN_ORDER: "use in order"}
 LEAVE_SECONDS = 2.0
 
 
@@ -57,10 +59,11 @@ class Connection(Closing):
         self.frontend.negotiate_protocol(protocol)
         self.frontend.set_features(self.frontend.offered & (wanted | needed))
 
-    def require_packed(self, server: str) -> None:
-        """Raises Unsupported where packed rings were asked for and not got."""
-        if not self.has(lib.VIRTIO_F_RING_PACKED):
-            raise Unsupported(f"{server} does not offer packed rings")
+    def require(self, features: int, server: str) -> None:
+        """Raises Unsupported where RING_PACKED or RING_IN_ORDER, of `features`, was not got."""
+        for feature, what in _DEMANDED.items():
+            if features & ~self.frontend.features & feature:
+                raise Unsupported(f"{server} does not offer {what}")
 
     def has(self, feature: int) -> bool:
         """Whether a feature bit was negotiated."""

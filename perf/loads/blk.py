@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from perf import images
 from perf.frontend.blk import BlkFrontend, Pattern
-from perf.frontend.connection import RING_FEATURES, RING_PACKED, by_floor, percentile
+from perf.frontend.connection import RING_FEATURES, by_floor, percentile
 from perf.images import Image
 from perf.loads.target import WARM_UP_SECONDS, ServerTarget
 from perf.model import Disk, Place, Sample, Server, Target, Unsupported
@@ -76,7 +76,7 @@ def served_disk(
 class NativeBlk:
     """The native driver with this pattern on an image of this kind (perf/images.py).
 
-    `features`: of the ring; with RING_PACKED among them, only servers that offer it take part.
+    `features`: of the ring; only servers that offer the layout among them take part.
     """
 
     image: str
@@ -95,6 +95,5 @@ class NativeBlk:
                 features=self.features,
             ) as frontend,
         ):
-            if self.features & RING_PACKED:
-                frontend.require_packed(server.name)
+            frontend.require(self.features, server.name)
             yield BlkTarget(started, frontend, self.pattern, place)

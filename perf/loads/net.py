@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from perf.frontend.connection import by_floor, percentile
+from perf.frontend.connection import RING_PACKED, by_floor, percentile
 from perf.frontend.net import NetFrontend, plain, run, segments
 from perf.loads.target import WARM_UP_SECONDS, ServerTarget
 from perf.model import Place, Port, Sample, Server, Target
@@ -60,7 +60,7 @@ class NativeNet:
             NetFrontend(ports[1].socket, back, segmented=segmented, packed=self.packed) as b,
         ):
             for frontend in (a, b) if self.packed else ():
-                frontend.require_packed(server.name)
+                frontend.require(RING_PACKED, server.name)
             yield _NetTarget(started, a, b, self, place)
 
 

@@ -1,5 +1,5 @@
-"""One server spoken to in several manners: layouts of rings, with in-flight tracking and without,
-with a dirty log and without.
+"""One server spoken to in several manners: layouts of rings, used in any order or in order, with
+in-flight tracking and without, with a dirty log and without.
 
 A manner goes by a server's name, so that manners are paired in one run as servers are.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from perf import images
 from perf.frontend.blk import BlkFrontend, Pattern
-from perf.frontend.connection import RING_FEATURES, RING_PACKED
+from perf.frontend.connection import RING_FEATURES, RING_IN_ORDER, RING_PACKED
 from perf.loads.blk import BlkTarget, served_disk
 from perf.model import Place, Server, Target, Unsupported
 
@@ -29,6 +29,8 @@ class Manner:
 MANNERS: Mapping[str, Manner] = {
     "vdev": Manner(),
     "vdev-packed": Manner(RING_FEATURES | RING_PACKED),
+    "vdev-in-order": Manner(RING_FEATURES | RING_IN_ORDER),
+    "vdev-packed-in-order": Manner(RING_FEATURES | RING_PACKED | RING_IN_ORDER),
     "vdev-inflight": Manner(inflight=True),
     "vdev-packed-inflight": Manner(RING_FEATURES | RING_PACKED, inflight=True),
     "vdev-logged": Manner(logged=True),
@@ -59,6 +61,5 @@ class Rings:
                 logged=manner.logged,
             ) as frontend,
         ):
-            if manner.features & RING_PACKED:
-                frontend.require_packed(server.name)
+            frontend.require(manner.features, server.name)
             yield BlkTarget(started, frontend, self.pattern, place)

@@ -120,6 +120,9 @@ SERVERS = [
     # The same, told apart by how the suite "rings" speaks to them.
     *(
         Vdev(f"vdev-{manner}")
-        for manner in ("packed", "inflight", "packed-inflight", "logged", "packed-logged")
+        for manner in (
+            *("packed", "in-order", "packed-in-order"),
+            *("inflight", "packed-inflight", "logged", "packed-logged"),
+        )
     ),
 ]

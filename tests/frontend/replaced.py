@@ -91,7 +91,8 @@ class Upgrading(threading.Thread):
 
 
 def failing(folder: Path, step: str, how: str) -> str:
-    """A vdev that fails when it is about to say `step`: "die", "hang", "raise" or "mangle"."""
+    """A vdev that fails when it is about to say `step`: "die", "hang", "raise" or "mangle"; or
+    that says nothing and goes on ("skip")."""
     path = folder / "failing-vdev"
     path.write_text(
         f"#!{sys.executable}\n"
@@ -105,7 +106,7 @@ def failing(folder: Path, step: str, how: str) -> str:
         f"        if {how!r} == 'hang': os.kill(os.getpid(), signal.SIGSTOP)\n"
         f"        if {how!r} == 'raise': raise UserError('not in the mood')\n"
         f"        if {how!r} == 'mangle': what = 'something'\n"
-        "    await send(self, what, *rest)\n"
+        f"    if what != {step!r} or {how!r} != 'skip': await send(self, what, *rest)\n"
         "Passage.send = bad\n"
         "from vdev.cli import main\n"
         "sys.exit(main())\n"

@@ -10,7 +10,7 @@ import pytest
 
 from perf import servers
 from perf.frontend.blk import BlkFrontend, Pattern
-from perf.frontend.connection import RING_FEATURES, RING_PACKED
+from perf.frontend.connection import RING_FEATURES, RING_IN_ORDER, RING_PACKED
 from perf.model import Disk, Place
 from perf.serving import serving
 from vdev._native import lib
@@ -23,6 +23,9 @@ RINGS = {
     "both": RING_FEATURES,
     "packed": RING_PACKED,
     "packed_both": RING_PACKED | RING_FEATURES,
+    "in_order": RING_IN_ORDER,
+    "in_order_both": RING_IN_ORDER | RING_FEATURES,
+    "packed_in_order": RING_PACKED | RING_IN_ORDER | RING_FEATURES,
 }
 
 
@@ -44,6 +47,7 @@ def test_every_byte_is_kept(disk: Path, ring: str, poll: bool) -> None:
     with BlkFrontend(disk, depth=32, block_size=4096, features=RINGS[ring]) as frontend:
         assert frontend.capacity == SIZE
         assert frontend.has(lib.VIRTIO_F_RING_PACKED) == ring.startswith("packed")
+        assert frontend.has(lib.VIRTIO_F_IN_ORDER) == ("in_order" in ring)
         written = Pattern(write_percent=40, verify=True, poll=poll)
         outcome = frontend.run(written, requests=4000)
         assert (outcome.requests, outcome.errors, outcome.corrupt) == (4000, 0, 0)

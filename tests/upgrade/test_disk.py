@@ -303,6 +303,15 @@ def test_a_successor_that_fails(server: Replaced, tmp_path: Path, step: str, how
     assert sorted(os.listdir()) == ["disk.img", "failing-vdev", "s"]
 
 
+def test_a_successor_that_serves_and_does_not_say_so(server: Replaced, tmp_path: Path) -> None:
+    """It has ended before the old one goes on."""
+    with BlkClient("s") as disk:
+        with pytest.raises(UserError, match=r"the other end has gone .*; this server goes on"):
+            server.upgrade(program=failing(tmp_path, "serving", "skip"))
+        assert disk.read(0, SECTOR) == bytes(SECTOR)
+        server.check_alive()
+
+
 DAMAGE = {
     "a region too few": "value[0]['backend']['memory'].pop()",
     "no such descriptor": "value[0]['backend']['memory'][0] = 999",

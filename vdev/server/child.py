@@ -1,10 +1,11 @@
-"""A process of ours, on either event loop: uvloop's own leave descriptors in the child."""
+"""Processes, on either event loop: uvloop's own leave descriptors in the child."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import os
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 
@@ -40,15 +41,32 @@ class Child:
         """SIGKILL, unless it has ended."""
         self._process.kill()
 
+    def watch(self) -> int:
+        """A descriptor of it, for `end_process`; the caller's. Raises OSError."""
+        return os.pidfd_open(self._process.pid)
+
     async def _wait(self) -> int:
-        loop = asyncio.get_running_loop()
         pidfd = os.pidfd_open(self._process.pid)
         try:
-            ended = asyncio.Event()
-            loop.add_reader(pidfd, ended.set)
-            await ended.wait()
+            await _ended(pidfd)
         finally:
-            with contextlib.suppress(OSError):
-                loop.remove_reader(pidfd)
             os.close(pidfd)
         return self._process.wait()
+
+
+async def end_process(pidfd: int) -> None:
+    """SIGKILL to a process, which need not be ours; returns when it has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    await _ended(pidfd)
+
+
+async def _ended(pidfd: int) -> None:
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(pidfd, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        with contextlib.suppress(OSError):
+            loop.remove_reader(pidfd)

@@ -15,6 +15,8 @@
 Rule 1: until "serving" has been sent all is the old one's, and the new one leaves without undoing
 anything, whatever happens; from then on all is the new one's, and the old one leaves like that.
 Rule 2: "serving" is in the old one's hands or can never be sent: `Passage.withdraw` decides which.
+Rule 3: each step has a time, and the old one goes on only when the new one has been ended: one that
+serves and does not say so, or wakes up later, is none of ours, but it must not serve beside us.
 So rings are served by one of the two, however either ends, and every chain is completed once.
 """
 
@@ -26,7 +28,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -56,13 +58,14 @@ async def hand_over(
     passage: Passage,
     servers: Sequence[DeviceServer],
     control: Callable[[Descriptors], dict[str, Any] | None],
+    end: Callable[[], Awaitable[object]],
     patience: float,
 ) -> float:
     """Returns when the successor at the other end serves; it is time to `leave`.
 
     The result: for how many milliseconds nobody served.
 
-    control: writes down the control socket, if there is one of ours.
+    control: writes down the control socket, if there is one of ours.  end: ends the successor.
     Raises UserError where there is no successor: these servers go on.
     """
     step, serving, halted, pause = "start", False, 0.0, 0.0
@@ -89,6 +92,9 @@ async def hand_over(
     except Exception as error:
         if serving or await passage.withdraw("serving"):
             return 1e3 * (pause or time.monotonic() - halted)
+        # Of one that was killed and does not end the kernel has a hold; its threads serve no more.
+        with contextlib.suppress(TimeoutError, OSError):
+            await asyncio.wait_for(end(), _PAUSE_MOST)
         await asyncio.gather(*(server.resume() for server in servers))
         if not isinstance(error, VdevError | OSError):
             raise

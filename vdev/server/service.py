@@ -8,9 +8,10 @@ import logging
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ import vdev
 from vdev.blk.device import BlkDevice
 from vdev.errors import UserError
 from vdev.net.card import Card
+from vdev.server.child import end_process
 from vdev.server.control import (
     ControlServer,
     ControlSocket,
@@ -154,17 +156,19 @@ class Service:
     async def upgrade(self, request: Request) -> Stream:
         """The command "upgrade": {"program": path or none = the same, "timeout": seconds}.
 
-        A supervisor starts the other process itself, and brings the "passage" to it along.
+        A supervisor starts the other process itself, and brings the "passage" to it along, and
+        a descriptor of it, the "successor".
         """
         command, patience = program_of(request, self._command), patience_of(request)
         if self._moving.locked():
             raise UserError("another process is taking over already")
         await self._moving.acquire()
         try:
-            if "passage" in request.fds:
+            if {"passage", "successor"} <= request.fds.keys():
                 sock = socket.socket(fileno=os.dup(request.fds["passage"]))
+                end = partial(end_process, request.fds["successor"])
                 with contextlib.closing(Passage(sock)) as passage:
-                    result = {"pause_ms": await self._hand_over(passage, patience)}
+                    result = {"pause_ms": await self._hand_over(passage, end, patience)}
             else:
                 result = await self._start_successor(command, patience)
         except BaseException:
@@ -184,23 +188,30 @@ class Service:
             with theirs:
                 orders = replace(self._orders, passage=theirs.fileno())
                 process = orders.give(command)
-            try:
-                pause = await self._hand_over(passage, patience)
-            except BaseException:
+
+            async def end() -> None:
                 process.kill()
                 await process.wait()
+
+            try:
+                pause = await self._hand_over(passage, end, patience)
+            except BaseException:
+                await end()
                 raise
         notify(f"MAINPID={process.pid}")
         if self._stop.is_set():
             process.terminate()
         return {"pid": process.pid, "pause_ms": pause}
 
-    async def _hand_over(self, passage: Passage, patience: float) -> float:
+    async def _hand_over(
+        self, passage: Passage, end: Callable[[], Awaitable[object]], patience: float
+    ) -> float:
         controller = self._controller
         return await hand_over(
             passage,
             list(self._servers.values()),
             lambda fds: controller.save(fds) if controller is not None else None,
+            end,
             patience,
         )
 
