@@ -37,8 +37,11 @@ struct switch_message {
 static void bind_station(struct switch_port *p)
 {
     /* Where there is no room its own frames are checked all the same. */
-    if (port_is(p, VHOST_SWITCH_BOUND) && p->set.vlan)
-        stations_bind(&p->sw->stations, key_of(p->set.vlan, p->set.mac), p->id, p->sw->now_s);
+    if (port_is(p, VHOST_SWITCH_BOUND) && p->set.vlan) {
+        uint8_t end[8] = {0};
+        memcpy(end + 2, p->set.mac, sizeof(p->set.mac));
+        stations_bind(&p->sw->stations, key_of(p->set.vlan, end), p->id, p->sw->now_s);
+    }
 }
 
 static void count_mirrors(struct vhost_switch *sw)
