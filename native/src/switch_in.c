@@ -202,18 +202,23 @@ static void flood(struct switch_port *from, const struct frame *f, uint64_t now_
     }
 }
 
-/* Whether its source may send here; learns it. Returns a counter of a drop, or 0. */
-static unsigned admit(struct switch_port *from, const struct frame *f, uint64_t now_ns)
+/* What was found for the frames of a batch last: the next one is mostly of the same two stations.
+ */
+struct found {
+    station_key source; /* may send here, and is known; 0: none */
+    station_key target; /* is behind `to`; 0: none */
+    struct switch_port *to;
+};
+
+/* Whether the source of a frame may send here; learns it.  Returns a counter of a drop, or 0. */
+static unsigned admit(struct switch_port *from, const struct frame *f, station_key key,
+                      struct found *found)
 {
     struct vhost_switch *sw = from->sw;
     const uint8_t *source = f->mac + 6;
-    station_key key = source_of(f);
 
-    if (unlikely(is_group(source) || !(key & UINT64_C(0xffffffffffff))))
+    if (is_group(source) || !(key & UINT64_C(0xffffffffffff)))
         return VHOST_SWITCH_DROP_BAD_SOURCE;
-    if (from->set.rate &&
-        !bucket_take(&from->rate, from->set.rate, from->set.burst, f->len, now_ns))
-        return VHOST_SWITCH_DROP_RATE;
     if (port_is(from, VHOST_SWITCH_BOUND) && memcmp(source, from->set.mac, 6))
         return VHOST_SWITCH_DROP_SPOOFED;
     switch (stations_learn(&sw->stations, key, from->id, from->set.stations, sw->now_s)) {
@@ -223,26 +228,47 @@ static unsigned admit(struct switch_port *from, const struct frame *f, uint64_t 
         port_count(from, VHOST_SWITCH_UNLEARNED, 1);
         break;
     case STATION_LEARNED:
+        found->source = key;
         break;
     }
     return 0;
 }
 
-/* Finds where the frame goes. Returns a counter of a drop, or 0. */
-static unsigned route(struct switch_port *from, struct frame *f)
+/* Finds where a frame goes.  Returns a counter of a drop, or 0. */
+static unsigned route(struct switch_port *from, struct frame *f, station_key key,
+                      struct found *found)
 {
     struct vhost_switch *sw = from->sw;
 
     f->to = NULL;
     if (is_group(f->mac))
         return is_for_bridges(f->mac) ? VHOST_SWITCH_DROP_FILTERED : 0;
-    int number = stations_find(&sw->stations, target_of(f), sw->now_s);
+    int number = stations_find(&sw->stations, key, sw->now_s);
     if (number == STATION_NONE)
         return 0;
-    f->to = sw->port[number];
-    return f->to == from || !may_pass(from, f->to) || !port_is_in(f->to, f->vlan)
-               ? VHOST_SWITCH_DROP_FILTERED
-               : 0;
+    struct switch_port *to = sw->port[number];
+    if (to == from || !may_pass(from, to) || !port_is_in(to, f->vlan))
+        return VHOST_SWITCH_DROP_FILTERED;
+    f->to = found->to = to;
+    found->target = key;
+    return 0;
+}
+
+static inline unsigned judge(struct switch_port *from, struct frame *f, struct found *found,
+                             uint64_t now_ns)
+{
+    station_key source = source_of(f), target = target_of(f);
+    unsigned drop;
+
+    if (unlikely(from->set.rate) &&
+        !bucket_take(&from->rate, from->set.rate, from->set.burst, f->len, now_ns))
+        return VHOST_SWITCH_DROP_RATE;
+    if (unlikely(source != found->source) && (drop = admit(from, f, source, found)))
+        return drop;
+    if (unlikely(target != found->target))
+        return route(from, f, target, found);
+    f->to = found->to;
+    return 0;
 }
 
 /* One after another, with copies for the mirrors. */
@@ -264,14 +290,13 @@ static void carry(struct switch_port *from, struct frame *frame, uint32_t n, uin
 {
     uint64_t bytes = 0;
     uint32_t routed = 0, run;
+    struct found found = {0};
 
     from->sw->now_s = (uint32_t)(now_ns / 1000000000u);
     for (uint32_t i = 0; i < n; i++) {
         struct frame *f = &frame[i];
         bytes += f->len;
-        unsigned drop = admit(from, f, now_ns);
-        if (likely(!drop))
-            drop = route(from, f);
+        unsigned drop = judge(from, f, &found, now_ns);
         if (unlikely(drop)) {
             port_count(from, drop, 1);
             continue;
