@@ -233,13 +233,29 @@ static void queue_close(struct vhost_queue *q)
     q->state = NULL;
 }
 
+/* Behind an IOMMU a frame is lost for each buffer that has no translation yet: so buffers are
+ * looked at when they come, and what is lacking is asked for before a frame needs it. */
+static cold_path void look_ahead(struct vhost_queue *q)
+{
+    uint16_t head[NET_BATCH];
+    uint32_t n = 0, most = ring_pending(q);
+    struct chain c;
+
+    for (; n < most && n < NET_BATCH && ring_pop(q, &c); n++)
+        head[n] = c.head;
+    while (n)
+        ring_unpop(q, head[--n]);
+}
+
 static bool service(struct vhost_queue *q)
 {
     if (!receives(q))
         return switch_tx_service(q);
-    /* It waits for frames, never for buffers: where there are none, frames are dropped. */
     port_of(q)->rx[q->index / 2] = q;
-    q->no_kicks = true;
+    /* It waits for frames, not for buffers: where there are none, frames are dropped. */
+    q->no_kicks = !q->memory->behind;
+    if (q->memory->behind && queue_may_pop(q))
+        look_ahead(q);
     return false;
 }
 
