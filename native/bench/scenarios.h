@@ -9,7 +9,9 @@
 
 #include "../tests/driver_ring.h"
 #include "iothread.h"
+#include <sys/eventfd.h>
 #include <sys/socket.h>
+#include <vhost_switch.h>
 
 enum {
     RING_SIZE = 128,
@@ -273,6 +275,87 @@ static void check_net(struct bench *b, uint64_t requests)
     CHECK_EQ(counter(b, VHOST_COUNTER_PACKETS), requests);
 }
 
+/* ---- the switch: from the guest to another one, which has buffers ---- */
+
+enum { SHORT_FRAME = sizeof(struct virtio_net_hdr) + 64, OTHER_SHARE = 8, OTHER_BUFFERS = 9 };
+
+static struct driver_ring other;
+
+static void other_receives(struct bench *b, uint32_t batch)
+{
+    (void)b;
+    (void)batch;
+    while (driver_used_idx(&other) != other.seen)
+        driver_offer(&other, (uint16_t)driver_take(&other).id);
+    if (other.features & EVENT_IDX)
+        driver_want_call_after(&other, 0);
+    driver_publish(&other);
+}
+
+/* A card of the address that ends with `last`, which is bound to its port. */
+static struct vhost_device *plug_card(struct bench *b, struct vhost_switch *sw, uint8_t last)
+{
+    struct vhost_switch_port_settings settings = {
+        .flags = VHOST_SWITCH_BOUND, .vlan = 1, .mac = {2, 0, 0, 0, 0, last}};
+    struct vhost_device *device;
+
+    CHECK_EQ(vhost_switch_card_new(sw, 1, &settings, &device), 0);
+    CHECK_EQ(vhost_switch_plug(device, 1), 0);
+    iothread_take_mail(&b->thread);
+    return device;
+}
+
+static void open_other(struct bench *b, struct vhost_device *device)
+{
+    struct vhost_queue *queue;
+
+    other = driver_new(&b->guest, OTHER_SHARE, RING_SIZE, b->ring.features | MERGEABLE, 0);
+    struct vhost_queue_config config = driver_config(&other, 0); /* where it begins */
+    for (uint16_t slot = 0; slot < RING_SIZE; slot++) {
+        uint64_t at = GUEST_BASE + OTHER_BUFFERS * (uint64_t)RING_SHARE + slot * UINT64_C(0x1000);
+        set_desc(other.desc, slot, at, RX_BUFFER, VRING_DESC_F_WRITE, 0);
+        driver_offer(&other, slot);
+    }
+    driver_publish(&other);
+    CHECK_EQ(vhost_queue_new(&config, device, b->guest.memory, &queue), 0);
+    queue->thread = &b->thread;
+    CHECK(!queue->ops->service(queue));
+}
+
+static void open_switch_of(struct bench *b, uint32_t len)
+{
+    static const char ethernet[] = "\x02\0\0\0\0\2\x02\0\0\0\0\1\x88\xb5";
+    struct vhost_switch_config config = {.stations = 256, .age_s = 300};
+    struct vhost_switch *sw;
+
+    CHECK_EQ(vhost_events_new(&b->thread.events), 0);
+    b->thread.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    b->thread.message_tail = &b->thread.message;
+    CHECK_EQ(vhost_switch_new(&config, &b->thread, &sw), 0);
+    b->device = plug_card(b, sw, 1);
+    open_other(b, plug_card(b, sw, 2));
+    make_frames(b, BATCH_MAX, len, 0);
+    for (uint32_t slot = 0; slot < BATCH_MAX; slot++)
+        memcpy((char *)guest_at(&b->guest, slot_addr(slot) + DATA) + sizeof(struct virtio_net_hdr),
+               ethernet, sizeof(ethernet) - 1);
+}
+
+static void open_switch(struct bench *b)
+{
+    open_switch_of(b, SHORT_FRAME);
+}
+
+static void open_switch_long(struct bench *b)
+{
+    open_switch_of(b, FRAME);
+}
+
+static void check_switch(struct bench *b, uint64_t requests)
+{
+    check_net(b, requests);
+    CHECK_EQ(driver_used_idx(&other), (uint16_t)requests);
+}
+
 /* ---- all of them ---- */
 
 static const struct scenario scenarios[] = {
@@ -356,6 +439,24 @@ static const struct scenario scenarios[] = {
      .open = open_tx,
      .before = network_receives,
      .check = check_net},
+    {.name = "switch",
+     .features = USUAL,
+     .queue = 1,
+     .open = open_switch,
+     .before = other_receives,
+     .check = check_switch},
+    {.name = "switch-long",
+     .features = USUAL,
+     .queue = 1,
+     .open = open_switch_long,
+     .before = other_receives,
+     .check = check_switch},
+    {.name = "switch-packed",
+     .features = PACKED | USUAL,
+     .queue = 1,
+     .open = open_switch,
+     .before = other_receives,
+     .check = check_switch},
 };
 
 #endif

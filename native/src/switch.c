@@ -37,8 +37,11 @@ struct switch_message {
 static void bind_station(struct switch_port *p)
 {
     /* Where there is no room its own frames are checked all the same. */
-    if (port_is(p, VHOST_SWITCH_BOUND) && p->set.vlan)
-        stations_bind(&p->sw->stations, key_of(p->set.vlan, p->set.mac), p->id, p->sw->now_s);
+    if (port_is(p, VHOST_SWITCH_BOUND) && p->set.vlan) {
+        uint8_t end[8] = {0};
+        memcpy(end + 2, p->set.mac, sizeof(p->set.mac));
+        stations_bind(&p->sw->stations, key_of(p->set.vlan, end), p->id, p->sw->now_s);
+    }
 }
 
 static void count_mirrors(struct vhost_switch *sw)
@@ -230,13 +233,29 @@ static void queue_close(struct vhost_queue *q)
     q->state = NULL;
 }
 
+/* Behind an IOMMU a frame is lost for each buffer that has no translation yet: so buffers are
+ * looked at when they come, and what is lacking is asked for before a frame needs it. */
+static cold_path void look_ahead(struct vhost_queue *q)
+{
+    uint16_t head[NET_BATCH];
+    uint32_t n = 0, most = ring_pending(q);
+    struct chain c;
+
+    for (; n < most && n < NET_BATCH && ring_pop(q, &c); n++)
+        head[n] = c.head;
+    while (n)
+        ring_unpop(q, head[--n]);
+}
+
 static bool service(struct vhost_queue *q)
 {
     if (!receives(q))
         return switch_tx_service(q);
-    /* It waits for frames, never for buffers: where there are none, frames are dropped. */
     port_of(q)->rx[q->index / 2] = q;
-    q->no_kicks = true;
+    /* It waits for frames, not for buffers: where there are none, frames are dropped. */
+    q->no_kicks = !q->memory->behind;
+    if (q->memory->behind && queue_may_pop(q))
+        look_ahead(q);
     return false;
 }
 

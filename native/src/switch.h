@@ -16,6 +16,7 @@
 
 #include "net.h"
 #include "stations.h"
+#include <endian.h>
 #include <string.h>
 
 enum {
@@ -71,8 +72,8 @@ struct frame {
     uint16_t stripped;
     uint8_t mac[12]; /* to, from */
     uint8_t type[2];
-    uint16_t head; /* of its chain */
     uint16_t pair;
+    struct switch_port *to;  /* where it goes, or NULL: everywhere */
     const struct iovec *iov; /* the pieces behind those bytes, ... */
     uint32_t iovs;
     uint32_t skip; /* ... without so many bytes of the first */
@@ -123,13 +124,26 @@ static inline bool port_is_in(const struct switch_port *p, uint16_t vlan)
     return p->set.vlan == vlan || port_tags(p, vlan);
 }
 
-static inline station_key key_of(uint16_t vlan, const uint8_t mac[6])
+/* Of the address that ends a run of 8 bytes that may be read. */
+static inline station_key key_of(uint16_t vlan, const uint8_t end[8])
 {
-    station_key key = vlan;
+    uint64_t bytes;
 
-    for (int i = 0; i < 6; i++)
-        key = key << 8 | mac[i];
-    return key;
+    memcpy(&bytes, end, sizeof(bytes));
+    return (be64toh(bytes) & UINT64_C(0xffffffffffff)) | (station_key)vlan << 48;
+}
+
+static inline station_key source_of(const struct frame *f)
+{
+    return key_of(f->vlan, f->mac + 4);
+}
+
+static inline station_key target_of(const struct frame *f)
+{
+    uint64_t bytes;
+
+    memcpy(&bytes, f->mac, sizeof(bytes));
+    return be64toh(bytes) >> 16 | (station_key)f->vlan << 48;
 }
 
 static inline bool is_group(const uint8_t mac[6])
@@ -144,6 +158,8 @@ void switch_announce(struct switch_port *from, const uint8_t mac[6]);
 
 /* switch_out.c: sends a frame out of a port that is to have it. */
 void switch_put(struct switch_port *to, const struct frame *f);
+/* The same with frames of one queue pair, up to NET_BATCH. */
+void switch_put_many(struct switch_port *to, const struct frame *frame, uint32_t n);
 /* Puts what switch_finish made of a frame. */
 void switch_put_finished(struct switch_port *to, struct vhost_queue *q, const struct frame *f);
 

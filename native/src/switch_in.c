@@ -91,8 +91,11 @@ static unsigned read_headers(struct switch_port *from, struct frame *f, uint64_t
         return VHOST_SWITCH_DROP_LONG;
     f->len = (uint32_t)total - header_len;
     uint32_t want = header_len + (f->len < HEAD_MAX ? ETH_HEADER : HEAD_MAX);
-    gather(f->iov, head, want);
-    memset(&f->vnet, 0, sizeof(f->vnet));
+    if (likely(want == sizeof(head) && f->iov->iov_len >= sizeof(head)))
+        memcpy(head, f->iov->iov_base, sizeof(head));
+    else
+        gather(f->iov, head, want);
+    f->vnet.num_buffers = 0;
     memcpy(&f->vnet, head, offsetof(struct virtio_net_hdr, num_buffers));
     memcpy(f->mac, eth, sizeof(f->mac));
     memcpy(f->type, eth + 12, 2);
@@ -199,18 +202,23 @@ static void flood(struct switch_port *from, const struct frame *f, uint64_t now_
     }
 }
 
-/* Whether its source may send here; learns it. Returns a counter of a drop, or 0. */
-static unsigned admit(struct switch_port *from, const struct frame *f, uint64_t now_ns)
+/* What was found for the frames of a batch last: the next one is mostly of the same two stations.
+ */
+struct found {
+    station_key source; /* may send here, and is known; 0: none */
+    station_key target; /* is behind `to`; 0: none */
+    struct switch_port *to;
+};
+
+/* Whether the source of a frame may send here; learns it.  Returns a counter of a drop, or 0. */
+static unsigned admit(struct switch_port *from, const struct frame *f, station_key key,
+                      struct found *found)
 {
     struct vhost_switch *sw = from->sw;
     const uint8_t *source = f->mac + 6;
 
-    station_key key = key_of(f->vlan, source);
-    if (unlikely(is_group(source) || !(key & UINT64_C(0xffffffffffff))))
+    if (is_group(source) || !(key & UINT64_C(0xffffffffffff)))
         return VHOST_SWITCH_DROP_BAD_SOURCE;
-    if (from->set.rate &&
-        !bucket_take(&from->rate, from->set.rate, from->set.burst, f->len, now_ns))
-        return VHOST_SWITCH_DROP_RATE;
     if (port_is(from, VHOST_SWITCH_BOUND) && memcmp(source, from->set.mac, 6))
         return VHOST_SWITCH_DROP_SPOOFED;
     switch (stations_learn(&sw->stations, key, from->id, from->set.stations, sw->now_s)) {
@@ -220,51 +228,97 @@ static unsigned admit(struct switch_port *from, const struct frame *f, uint64_t 
         port_count(from, VHOST_SWITCH_UNLEARNED, 1);
         break;
     case STATION_LEARNED:
+        found->source = key;
         break;
     }
     return 0;
 }
 
-static unsigned forward(struct switch_port *from, const struct frame *f, uint64_t now_ns)
+/* Finds where a frame goes.  Returns a counter of a drop, or 0. */
+static unsigned route(struct switch_port *from, struct frame *f, station_key key,
+                      struct found *found)
 {
     struct vhost_switch *sw = from->sw;
-    const uint8_t *target = f->mac;
 
-    if (unlikely(sw->num_mirrors && port_is(from, VHOST_SWITCH_MIRRORED)))
-        mirror(sw, f);
-    if (is_group(target)) {
-        if (is_for_bridges(target))
-            return VHOST_SWITCH_DROP_FILTERED;
-        flood(from, f, now_ns);
+    f->to = NULL;
+    if (is_group(f->mac))
+        return is_for_bridges(f->mac) ? VHOST_SWITCH_DROP_FILTERED : 0;
+    int number = stations_find(&sw->stations, key, sw->now_s);
+    if (number == STATION_NONE)
         return 0;
-    }
-    int number = stations_find(&sw->stations, key_of(f->vlan, target), sw->now_s);
-    if (number == STATION_NONE) {
-        flood(from, f, now_ns);
-        return 0;
-    }
     struct switch_port *to = sw->port[number];
-    if (unlikely(to == from || !may_pass(from, to) || !port_is_in(to, f->vlan)))
+    if (to == from || !may_pass(from, to) || !port_is_in(to, f->vlan))
         return VHOST_SWITCH_DROP_FILTERED;
-    put(from, to, f);
+    f->to = found->to = to;
+    found->target = key;
     return 0;
 }
 
-/* Carries out what the headers of the frames say, in their order. */
+static inline unsigned judge(struct switch_port *from, struct frame *f, struct found *found,
+                             uint64_t now_ns)
+{
+    station_key source = source_of(f), target = target_of(f);
+    unsigned drop;
+
+    if (unlikely(from->set.rate) &&
+        !bucket_take(&from->rate, from->set.rate, from->set.burst, f->len, now_ns))
+        return VHOST_SWITCH_DROP_RATE;
+    if (unlikely(source != found->source) && (drop = admit(from, f, source, found)))
+        return drop;
+    if (unlikely(target != found->target))
+        return route(from, f, target, found);
+    f->to = found->to;
+    return 0;
+}
+
+/* One after another, with copies for the mirrors. */
+static cold_path void send_mirrored(struct switch_port *from, const struct frame *frame, uint32_t n,
+                                    uint64_t now_ns)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        if (port_is(from, VHOST_SWITCH_MIRRORED))
+            mirror(from->sw, &frame[i]);
+        if (frame[i].to)
+            put(from, frame[i].to, &frame[i]);
+        else
+            flood(from, &frame[i], now_ns);
+    }
+}
+
+/* Has frames, whose headers were read, go where they go, in their order. */
 static void carry(struct switch_port *from, struct frame *frame, uint32_t n, uint64_t now_ns)
 {
     uint64_t bytes = 0;
+    uint32_t routed = 0, run;
+    struct found found = {0};
 
     from->sw->now_s = (uint32_t)(now_ns / 1000000000u);
     for (uint32_t i = 0; i < n; i++) {
-        unsigned drop = admit(from, &frame[i], now_ns);
-        if (likely(!drop))
-            drop = forward(from, &frame[i], now_ns);
-        if (unlikely(drop))
+        struct frame *f = &frame[i];
+        bytes += f->len;
+        unsigned drop = judge(from, f, &found, now_ns);
+        if (unlikely(drop)) {
             port_count(from, drop, 1);
-        bytes += frame[i].len;
+            continue;
+        }
+        if (routed != i)
+            frame[routed] = *f;
+        routed++;
     }
     port_count(from, VHOST_SWITCH_IN_BYTES, bytes);
+    if (unlikely(from->sw->num_mirrors)) {
+        send_mirrored(from, frame, routed, now_ns);
+        return;
+    }
+    for (uint32_t i = 0; i < routed; i += run) {
+        struct switch_port *to = frame[i].to;
+        for (run = 1; i + run < routed && to && frame[i + run].to == to; run++)
+            ;
+        if (likely(to))
+            switch_put_many(to, &frame[i], run);
+        else
+            flood(from, &frame[i], now_ns);
+    }
 }
 
 /* ---- cards ---- */
@@ -332,8 +386,8 @@ static void batch_add(struct vhost_queue *q, struct batch *b, const struct chain
         for (uint32_t i = 0; i < pieces; i++)
             row[i] = c->iov[i];
         __builtin_prefetch(row[0].iov_base);
-        if (pieces > 1) /* a header of its own before the frame */
-            __builtin_prefetch(row[1].iov_base);
+        /* The rest of a short frame, or the frame behind a header of its own. */
+        __builtin_prefetch(pieces > 1 ? row[1].iov_base : (char *)row[0].iov_base + 64);
     } else {
         row[0] = flatten(sw, c);
     }

@@ -26,7 +26,7 @@ from tests.native.build import CLANG, ROOT, build_fuzz
 
 KEPT = ROOT / "tests/fuzz/corpus"
 FOUND = ROOT / "build/fuzz"
-TARGETS = ("ring", "blk", "net", "inflight", "session", "control")
+TARGETS = ("ring", "blk", "net", "switch", "inflight", "session", "control")
 PYTHON = ("session", "control")
 """Those that are programs of Python's."""
 _LARGEST = 6000

@@ -9,7 +9,7 @@ import pytest
 
 from tests.frontend.net import F_MRG_RXBUF, FEATURES, Header, NetClient
 from tests.frontend.ring import Desc, Used
-from tests.frontend.session import F_EVENT_IDX, F_RING_PACKED, PROTOCOL_WANTED
+from tests.frontend.session import F_EVENT_IDX, F_IN_ORDER, F_RING_PACKED, PROTOCOL_WANTED
 from tests.frontend.wire import Protocol, Request
 from vdev.errors import UserError
 
@@ -19,8 +19,13 @@ from .switched import EVERYONE, Plug, Switched, mac, nothing_for, text, to
 
 LAYOUTS = pytest.mark.parametrize(
     "features",
-    [FEATURES, FEATURES & ~F_EVENT_IDX, FEATURES | F_RING_PACKED],
-    ids=["split", "flags", "packed"],
+    [
+        FEATURES,
+        FEATURES & ~F_EVENT_IDX,
+        FEATURES | F_IN_ORDER,
+        FEATURES | F_RING_PACKED,
+    ],
+    ids=["split", "flags", "in-order", "packed"],
 )
 
 
@@ -141,7 +146,7 @@ def test_a_buffer_without_room_for_a_header_comes_back_empty(
     assert b.recv().frame == sent
 
 
-@LAYOUTS
+@pytest.mark.parametrize("features", [FEATURES, FEATURES | F_RING_PACKED], ids=["split", "packed"])
 def test_useless_buffers_among_good_ones_do_not_part_a_frame(
     sw: Switched, plug: Plug, features: int
 ) -> None:
