@@ -134,7 +134,7 @@ static void a_bound_station_stays(void)
 
 static void a_port_is_forgotten(void)
 {
-    open_table(256);
+    open_table(4096);
     for (uint32_t i = 0; i < 40; i++)
         stations_learn(&table, key(1, i), (uint16_t)(i % 2), MANY, 0);
     CHECK(stations_bind(&table, key(1, 100), 1, 0));
