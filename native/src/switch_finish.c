@@ -14,6 +14,9 @@ enum {
     IPV6_HEADER = 40,
     TCP_HEADER = 20,
     PROTOCOL_TCP = 6,
+    /* Of one frame: 64 KiB in pieces of the smallest MSS that hosts have to take (RFC 9293) are
+     * 122.  A sender that wants more of us keeps us from the others. */
+    SEGMENTS_MAX = 128,
     TCP_FIN = 0x01,
     TCP_PSH = 0x08,
     TCP_CWR = 0x80,
@@ -111,7 +114,8 @@ static bool find_parts(const struct frame *f, uint8_t *ip, struct segment *s)
     }
     uint32_t tcp_header = (ip[s->tcp + 12] >> 4) * 4u;
     s->payload = s->tcp + tcp_header;
-    return tcp_header >= TCP_HEADER && s->payload < len;
+    return tcp_header >= TCP_HEADER && s->payload < len &&
+           (len - s->payload) / f->vnet.gso_size < SEGMENTS_MAX;
 }
 
 /* Lengths, numbers, flags and checksums of a segment of `len` bytes whose payload stands `at` bytes

@@ -7,6 +7,7 @@
  */
 #include "switch.h"
 #include <endian.h>
+#include <errno.h>
 #include <unistd.h>
 
 /* ---- looking at a frame ---- */
@@ -55,7 +56,9 @@ static bool check_vnet(struct frame *f, uint64_t features, bool tap)
         *h = (struct virtio_net_hdr){.flags = h->flags};
         return true;
     }
+    /* Behind one tag more it must still be a number of 16 bits. */
     if (!has_bit(features, VIRTIO_NET_F_CSUM) || h->csum_start < ETH_HEADER ||
+        h->csum_start > UINT16_MAX - VLAN_TAG ||
         (uint32_t)h->csum_start + h->csum_offset + 2 > f->len)
         return false;
     if (h->gso_type & VIRTIO_NET_HDR_GSO_ECN && !has_bit(features, VIRTIO_NET_F_HOST_ECN))
@@ -449,8 +452,12 @@ void switch_tap_ready(struct watch *watch)
     /* What is left is told of again: the watch is level-triggered. */
     for (int i = 0; i < NET_BATCH; i++) {
         ssize_t len = read(from->tap.fd, sw->flat, sizeof(sw->flat));
-        if (len <= 0)
+        if (len <= 0) {
+            /* One that was deleted under us would be told of for ever. */
+            if (len < 0 && errno != EAGAIN && errno != EINTR)
+                iothread_watch(sw->thread, watch, 0);
             return;
+        }
         flat.iov_len = (size_t)len;
         struct frame *f = &sw->frame[0];
         *f = (struct frame){.iov = &flat, .iovs = 1};

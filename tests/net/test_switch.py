@@ -12,6 +12,7 @@ from tests.frontend.ring import Desc, Used
 from tests.frontend.session import F_EVENT_IDX, F_IN_ORDER, F_RING_PACKED, PROTOCOL_WANTED
 from tests.frontend.wire import Protocol, Request
 from vdev.errors import UserError
+from vdev.server.switch import Switch
 
 from .frames import frame
 from .namespace import Namespace
@@ -386,7 +387,7 @@ def test_several_queue_pairs(tmp_path: Path) -> None:
 
 
 def test_a_tap_as_uplink(ns: Namespace, tmp_path: Path) -> None:
-    async def wire(switch):  # type: ignore[no-untyped-def]
+    async def wire(switch: Switch) -> None:
         await switch.add_port("up", tap="tap0")
 
     with (
@@ -411,6 +412,31 @@ def test_a_tap_as_uplink(ns: Namespace, tmp_path: Path) -> None:
             assert sw.table() == {(text(mac(1)), 1): "a", (text(mac(9)), 1): "up"}
         sw.run(lambda switch: switch.remove_port("up"))
         assert "tap0" not in ns.names()
+
+
+def test_a_tap_that_is_deleted_under_its_switch(ns: Namespace, tmp_path: Path) -> None:
+    """Its port is dead, and costs nothing."""
+
+    async def wire(switch: Switch) -> None:
+        await switch.add_port("up", tap="tap0")
+
+    with (
+        Switched(tmp_path, "a", "b", namespace=ns, poll_us=0) as sw,
+        NetClient(tmp_path / "a") as a,
+        NetClient(tmp_path / "b") as b,
+    ):
+        sw.run(wire)
+        ns.ip("link del tap0")
+        b.post(1)
+        sent = to(1, EVERYONE)
+        a.send(sent)
+        assert b.recv().frame == sent
+        assert sw.count("up", "drop_no_buffer") == 1
+        before = sw.switch.iothread.stats()["wakeups"]
+        for _ in range(50):
+            sw.table()
+        # Of each message one, and not one for each time that the kernel says that the tap is gone.
+        assert sw.switch.iothread.stats()["wakeups"] - before <= 110
 
 
 def test_a_guest_that_has_moved_here_is_announced(sw: Switched, plug: Plug) -> None:

@@ -147,9 +147,10 @@ def test_a_segment_that_is_none_is_not_cut(sw: Switched, plug: Plug) -> None:
         (good[:46] + b"\x40" + good[47:], GSO),
         (good[:46] + b"\xf0" + good[47:94], GSO),
         (good[:54], GSO),
+        (good, replace(GSO, gso_size=23)),
     ):
         a.send(frame, header)
-    assert sw.count("b", "drop_unfinished") == 9
+    assert sw.count("b", "drop_unfinished") == 10
     nothing_for(sw, b)
 
 
@@ -174,6 +175,19 @@ def test_a_header_that_cannot_be(sw: Switched, plug: Plug, header: Header) -> No
     a.send(tcp_frame(3000), header)
     assert sw.count("a", "drop_bad_header") == 1
     nothing_for(sw, b, c)
+
+
+@pytest.mark.parametrize(("start", "passes"), [(65531, True), (65532, False)])
+def test_a_checksum_that_begins_at_the_end_of_all_numbers(
+    sw: Switched, plug: Plug, start: int, passes: bool
+) -> None:
+    """Behind a tag it would begin at the frame's start."""
+    a, b = plug("a"), plug("b", buffers=60)
+    a.send(to(1, 2, 65570), Header(HDR_F_NEEDS_CSUM, GSO_NONE, 0, 0, start, 2))
+    assert sw.count("a", "drop_bad_header") == (0 if passes else 1)
+    if passes:
+        assert b.recv().header.csum_start == start
+    nothing_for(sw, b)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from vdev._native import ffi, lib
 from vdev.errors import UserError
 from vdev.iothread import IOThread, settle
 from vdev.net import tap as taps
-from vdev.net.card import Card, parse_mac, stable_mac
+from vdev.net.card import Card, parse_mac
 from vdev.net.tap import Tap
 
 VLAN_MAX = 4094
@@ -190,7 +190,10 @@ class _Port:
 
 
 class CardPort(_Port, Card):
-    """A virtio-net card whose network is a switch."""
+    """A virtio-net card whose network is a switch.
+
+    mac: its address, 6 bytes.
+    """
 
     def __init__(
         self,
@@ -198,6 +201,7 @@ class CardPort(_Port, Card):
         settings: PortSettings,
         *,
         name: str,
+        mac: bytes,
         pairs: int = 1,
         mtu: int | None = None,
     ) -> None:
@@ -207,7 +211,7 @@ class CardPort(_Port, Card):
             self,
             iothreads=[fabric.iothread],
             name=name,
-            mac=parse_mac(settings.mac) if settings.mac is not None else stable_mac(name),
+            mac=mac,
             mtu=mtu,
             pairs=pairs,
         )

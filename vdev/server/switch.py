@@ -19,6 +19,7 @@ from typing import Any, Self
 from vdev._native import lib
 from vdev.errors import UserError
 from vdev.iothread import IOThread, settle
+from vdev.net.card import parse_mac, stable_mac
 from vdev.net.fabric import CardPort, Fabric, PortSettings, TapPort
 from vdev.ratelog import RateLimitedLog
 from vdev.server.device_server import DeviceServer
@@ -218,7 +219,9 @@ class Switch:
         mtu: int | None,
         stack: contextlib.AsyncExitStack,
     ) -> CardPort:
-        port = CardPort(self.fabric, settings, name=name, pairs=pairs, mtu=mtu)
+        given = settings.mac
+        mac = parse_mac(given) if given is not None else stable_mac(f"{self.name} {name}")
+        port = CardPort(self.fabric, settings, name=name, mac=mac, pairs=pairs, mtu=mtu)
         stack.callback(port.close)
         stack.push_async_callback(port.unplug)
         await port.plug()
