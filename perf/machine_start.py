@@ -128,8 +128,8 @@ def commands(python: str, place: Path) -> dict[str, tuple[list[str], str]]:
 
     return {
         "python alone": ([python, "-P", "-c", _INTERPRETER], "-"),
-        "vdev run": (vdev, "memfd:vdev"),
-        "vdev run, no card": (vdev[:-2], "memfd:vdev"),
+        "vdev run": (vdev, "guest-ram"),
+        "vdev run, no card": (vdev[:-2], "guest-ram"),
         "qemu microvm": (qemu("microvm", "device"), "memfd:"),
         "qemu q35": (qemu("q35", "pci"), "memfd:"),
     }

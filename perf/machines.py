@@ -1,197 +1,277 @@
 """Machines side by side: ``python -m perf.machines [ROUNDS]``, where KVM runs stock kernels.
 
 On a host whose KVM does not: ``python -m tests.lab.kvm -- python -m perf.machines``, in an emulated
-machine, where only ratios mean something.  Each round boots one guest on each VMM in turn, with the
-same kernel, initrd, disks and tap; the guest says when it does what, and between two such marks the
-VMM's exits (KVM's own count) and CPU time are taken.  Then restores of small and large machines.
+machine, where only ratios mean something.  A guest on each VMM is booted once; all keep a load up,
+and in each round each has one window in turn, in an order that turns with the rounds, while the
+others stand still.  So a ratio compares windows seconds apart; what it says lies beyond the noise
+where the interval of the rounds' ratios (perf.stats) does not reach 1.  Then exits by reason, and
+restores of small and large machines.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import os
 import re
 import statistics
 import sys
 import tempfile
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
+from perf import exits
+from perf.guests import VMMS, Guest, booted, command
+from perf.stats import ratio
 from tests.lab import innermost, rootfs
-from tests.lab.innermost import Bootable
 from vdev.vmm import snapshot as snapshots
-from vdev.vmm.config import DiskConfig, MachineConfig, NicConfig
+from vdev.vmm.config import MachineConfig
 from vdev.vmm.machine import Machine
 
 MIB = 1 << 20
-TAP, HOST, GUEST = "vdevperf0", "10.78.0.1", "10.78.0.2"
-_FIO_SECONDS = 5
-_EXITS = Path("/sys/kernel/debug/kvm/exits")
-_GUARD = 180.0
+_ROUNDS, _RESTORES = 9, 3
+_WARM, _WINDOW, _SETTLED, _IDLE = 0.3, 0.9, 1.0, 2.0
+"""Seconds."""
+_PAIRS = (("vdev, PCI", "QEMU q35"), ("vdev, MMIO", "QEMU microvm"))
 _FIO = (
-    "fio --name=f --filename=/dev/vdb --direct=1 --ioengine=libaio --iodepth=32 --bs=4k "
-    f"--rw=randread --time_based --runtime={_FIO_SECONDS} --group_reporting --output-format=json"
+    "chroot /mnt fio --name=f --filename=/dev/vdb --direct=1 --ioengine=libaio --iodepth=32 "
+    "--bs=4k --rw=randread --time_based --runtime=9999 --thread"
 )
-_SCRIPT = f"""
-dmesg | grep 'Run /init'
-ip addr add {GUEST}/24 dev eth0; ip link set eth0 up
-mount -o ro,noload /dev/vda /mnt; mount --bind /dev /mnt/dev; mount -t proc proc /mnt/proc
-mount -t tmpfs tmp /mnt/tmp
-echo MARK fio; chroot /mnt {_FIO} --output=/tmp/fio; echo MARK fio-end
-grep -m1 '"iops" ' /mnt/tmp/fio; grep -m1 '"total_ios" ' /mnt/tmp/fio
-echo MARK up; chroot /mnt iperf3 -c {HOST} -t 4 -J >/mnt/tmp/up; echo MARK up-end
-grep -m1 -A9 sum_received /mnt/tmp/up | grep bits_per
-echo MARK down; chroot /mnt iperf3 -c {HOST} -t 4 -R -J >/mnt/tmp/down; echo MARK down-end
-grep -m1 -A9 sum_received /mnt/tmp/down | grep bits_per
-echo MARK idle; sleep 3; echo MARK idle-end
-"""
+_IPERF = "chroot /mnt iperf3 -t 9999"
+_CARD = "/sys/class/net/eth0/statistics"
 
 
-@dataclass
-class Run:
-    """What one guest on one VMM said and took."""
+class Load(NamedTuple):
+    """What a guest does, and how its progress shows.
 
-    said: bytearray = field(default_factory=bytearray)
-    marks: dict[str, tuple[float, int, float]] = field(default_factory=dict)
-    """Name → time in s, exits, CPU time of the VMM in s."""
+    what, rate: what one is called, and so many a second.  unit: so much of the counter, the first
+    number of a file of the guest's, is one.
+    """
 
-    def feed(self, data: bytes, cpu: Callable[[], float]) -> None:
-        self.said += data
-        for name in re.findall(r"MARK ([\w-]+)\r?\n", self.said.decode(errors="replace")):
-            if name not in self.marks:
-                self.marks[name] = (time.monotonic(), int(_EXITS.read_text()), cpu())
-
-    def figures(self) -> dict[str, float]:
-        """Name → value; raises ValueError where the guest did not say what was wanted."""
-        text = self.said.decode(errors="replace")
-        try:
-            (init,) = _numbers(r"\[ *([\d.]+)\] Run /init", text)
-            (iops,) = _numbers(r'"iops" : ([\d.]+)', text)
-            (requests,) = _numbers(r'"total_ios" : (\d+)', text)
-            up, down = _numbers(r'"bits_per_second":\s+([\d.e+]+)', text)
-        except ValueError as error:
-            raise ValueError(f"{error}; the guest said:\n{text[-3000:]}") from None
-        fio, idle = self._between("fio"), self._between("idle")
-        return {
-            "init after (s)": init,
-            "4 KiB reads a second": iops,
-            "exits a read": fio[1] / requests,
-            "VMM CPU a read (µs)": 1e6 * fio[2] / requests,
-            "TCP up (Mbit/s)": up / 1e6,
-            "TCP down (Mbit/s)": down / 1e6,
-            "CPU when idle (%)": 100 * idle[2] / idle[0],
-        }
-
-    def _between(self, name: str) -> tuple[float, int, float]:
-        (t0, e0, c0), (t1, e1, c1) = self.marks[name], self.marks[f"{name}-end"]
-        return t1 - t0, e1 - e0, c1 - c0
+    what: str
+    rate: str
+    command: str
+    counter: str
+    unit: float
+    start: float
+    """So many units mean that it is under way."""
 
 
-def _numbers(pattern: str, text: str) -> list[float]:
-    return [float(found) for found in re.findall(pattern, text)]
+LOADS = (
+    Load("4 KiB read", "4 KiB reads a second", _FIO, "/sys/block/vdb/stat", 1, 200),
+    Load("Mbit sent", "TCP sent (Mbit/s)", f"{_IPERF} -c {{host}}", f"{_CARD}/tx_bytes", 125e3, 20),
+    Load(
+        *("Mbit received", "TCP received (Mbit/s)", f"{_IPERF} -R -c {{host}}"),
+        *(f"{_CARD}/rx_bytes", 125e3, 20),
+    ),
+)
 
 
-class Vmm(ABC):
-    """Something that runs a guest to its end."""
+class Sample(NamedTuple):
+    """At one moment: seconds, exits, CPU time in s, units done; exits by reason where counted."""
 
-    name: str
+    seconds: float
+    exits: int
+    cpu: float
+    done: float
+    reasons: dict[str, int]
 
-    @abstractmethod
-    async def run(self, kernel: Bootable, cmdline: str, disks: tuple[Path, Path]) -> Run: ...
+
+Figures = dict[str, dict[str, list[float]]]
+"""Figure → VMM → a value a round."""
 
 
-class Vdev(Vmm):
-    def __init__(self, transport: str) -> None:
-        self.name = f"vdev {transport}"
-        self._transport = transport
+async def progress(guest: Guest, load: Load) -> float:
+    """Units done so far."""
+    said = await guest.ask(f"read -r n rest <{load.counter}; echo $n")
+    return int(re.findall(r"\d+", said)[-1]) / load.unit
 
-    async def run(self, kernel: Bootable, cmdline: str, disks: tuple[Path, Path]) -> Run:
-        run = Run()
-        root, data = disks
-        config = MachineConfig(
-            name="perf",
-            kernel=str(kernel.vmlinux),
-            initrd=str(kernel.initrd),
-            cmdline=cmdline,
-            memory=256 * MIB,
-            transport=self._transport,
-            rng=False,
-            disks=(DiskConfig(str(root), read_only=True), DiskConfig(str(data))),
-            nics=(NicConfig(tap=TAP),),
+
+async def sample(guest: Guest, load: Load, reasons: dict[str, int] | None = None) -> Sample:
+    done = await progress(guest, load)
+    return Sample(
+        *(time.monotonic(), exits.total(guest.pid), exits.cpu_seconds(guest.pid)),
+        *(done, reasons or {}),
+    )
+
+
+async def window(guest: Guest, load: Load) -> tuple[Sample, Sample]:
+    async with guest.awake():
+        await asyncio.sleep(_WARM)
+        before = await sample(guest, load)
+        await asyncio.sleep(_WINDOW)
+        return before, await sample(guest, load)
+
+
+def figures_of(load: Load, before: Sample, after: Sample) -> dict[str, float]:
+    """Name → value. Raises ValueError where nothing was done."""
+    seconds, done = after.seconds - before.seconds, after.done - before.done
+    if done <= 0:
+        raise ValueError(f"no {load.what} within {seconds:.1f} s")
+    return {
+        load.rate: done / seconds,
+        f"exits a {load.what}": (after.exits - before.exits) / done,
+        f"VMM's CPU a {load.what} (µs)": 1e6 * (after.cpu - before.cpu) / done,
+    }
+
+
+@contextlib.asynccontextmanager
+async def under(load: Load, guests: Sequence[Guest]) -> AsyncIterator[dict[str, int]]:
+    """The load runs on all guests, which stand still; VMM → exits until it was under way."""
+    started = {}
+    for guest in guests:
+        async with guest.awake():
+            before = exits.total(guest.pid)
+            start = int((await progress(guest, load) + load.start) * load.unit)
+            words = load.command.format(host=guest.place.host)
+            # It looks by itself: what it says costs exits.
+            wait = f"until read -r n rest <{load.counter}; [ $n -gt {start} ]; do sleep 0.2; done"
+            await guest.ask(f"{words} >/dev/null 2>&1 & pid=$!; {wait}")
+            started[guest.vmm.name] = exits.total(guest.pid) - before
+    yield started
+    for guest in guests:
+        async with guest.awake():
+            await guest.ask("kill -9 $pid; wait $pid")
+
+
+def turned(guests: Sequence[Guest], number: int) -> list[Guest]:
+    at = number % len(guests)
+    return [*guests[at:], *guests[:at]]
+
+
+def add(figures: Figures, name: str, guest: Guest, value: float) -> None:
+    figures.setdefault(name, {}).setdefault(guest.vmm.name, []).append(value)
+
+
+async def measure(
+    guests: Sequence[Guest],
+    rounds: int,
+    console: Console,
+    figures: Figures,
+    reasons: dict[str, Figures],
+) -> None:
+    """Adds all figures, and exits by reason a unit of each load."""
+    for load in LOADS:
+        async with under(load, guests) as started:
+            for guest in guests:
+                if load is LOADS[0]:
+                    add(figures, "exits until fio reads", guest, started[guest.vmm.name])
+            for number in range(rounds):
+                for guest in turned(guests, number):
+                    found = figures_of(load, *await window(guest, load))
+                    for name, value in found.items():
+                        add(figures, name, guest, value)
+                    said = ", ".join(f"{name} {value:,.3g}" for name, value in found.items())
+                    console.print(f"round {number + 1}: {guest.vmm.name}: {said}")
+            for guest in guests:
+                for name, value in (await why(guest, load)).items():
+                    add(reasons.setdefault(load.what, {}), name, guest, value)
+    for number in range(-(-rounds // 2)):
+        for guest in turned(guests, number):
+            for name, value in (await idle(guest)).items():
+                add(figures, name, guest, value)
+
+
+async def why(guest: Guest, load: Load) -> dict[str, float]:
+    """Exits a unit by reason."""
+    async with guest.awake():
+        await asyncio.sleep(_WARM)
+        with exits.counted() as count:
+            before = await sample(guest, load, count())
+            await asyncio.sleep(2 * _WINDOW)
+            after = await sample(guest, load, count())
+    done = after.done - before.done
+    return {name: (after.reasons[name] - before.reasons[name]) / done for name in exits.REASONS}
+
+
+async def idle(guest: Guest) -> dict[str, float]:
+    """Of a guest that does nothing, while nobody asks it anything."""
+    async with guest.awake():
+        await guest.ask("true")
+        await asyncio.sleep(_SETTLED)
+        pid = guest.pid
+
+        def now() -> tuple[float, int, float, float]:
+            return (
+                *(time.monotonic(), exits.total(pid)),
+                *(exits.cpu_seconds(pid), exits.cpu_seconds(pid, vcpus=False)),
+            )
+
+        before = now()
+        await asyncio.sleep(_IDLE)
+        seconds, exited, cpu, own = (b - a for a, b in zip(before, now(), strict=True))
+    return {
+        "idle: exits a second": exited / seconds,
+        "idle: CPU (%)": 100 * cpu / seconds,
+        "idle: CPU beside its vCPU (%)": 100 * own / seconds,
+    }
+
+
+def table_of(figures: Figures) -> Table:
+    """Medians and ranges of the rounds, and ratios with their intervals."""
+    table = Table("", *(vmm.name for vmm in VMMS), *(f"{a} / {b}" for a, b in _PAIRS))
+    for name, values in figures.items():
+        cells = []
+        for vmm in VMMS:
+            found = values.get(vmm.name, [])
+            cells.append(f"{statistics.median(found):,.3g}" if found else "-")
+            if len(found) > 1:
+                cells[-1] += f"\n{min(found):,.3g} to {max(found):,.3g}"
+        table.add_row(
+            name, *cells, *(compared(values.get(a, []), values.get(b, [])) for a, b in _PAIRS)
         )
-        async with Machine(config) as machine:
-            await machine.start()
-            async for chunk in machine.console.attach():
-                run.feed(chunk, time.process_time)
-            await machine.wait()
-        return run
+    return table
 
 
-class Qemu(Vmm):
-    def __init__(self, machine: str, bus: str) -> None:
-        self.name = f"qemu {machine.split(',')[0]}"
-        self._machine, self._bus = machine, bus
-
-    async def run(self, kernel: Bootable, cmdline: str, disks: tuple[Path, Path]) -> Run:
-        run = Run()
-        root, data = disks
-        process = await asyncio.create_subprocess_exec(
-            *("qemu-system-x86_64", "-accel", "kvm", "-M", self._machine, "-cpu", "host"),
-            *("-m", "256", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
-            *("-serial", "stdio", "-kernel", kernel.vmlinux, "-initrd", kernel.initrd),
-            *("-append", cmdline, "-object", "iothread,id=io"),
-            *("-drive", f"file={root},format=raw,if=none,id=a,readonly=on,aio=io_uring"),
-            *("-device", f"virtio-blk-{self._bus},drive=a,iothread=io"),
-            *("-drive", f"file={data},format=raw,if=none,id=b,aio=io_uring"),
-            *("-device", f"virtio-blk-{self._bus},drive=b,iothread=io"),
-            *("-netdev", f"tap,id=n,ifname={TAP},script=no,downscript=no"),
-            *("-device", f"virtio-net-{self._bus},netdev=n"),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-        )
-        assert process.stdout is not None
-        try:
-            while chunk := await process.stdout.read(65536):
-                run.feed(chunk, lambda: cpu_seconds(process.pid))
-        finally:
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
-        return run
+def compared(ours: Sequence[float], theirs: Sequence[float]) -> str:
+    """The ratio and its interval; of one round alone only the ratio."""
+    both = min(len(ours), len(theirs))
+    if not both or not all(theirs):
+        return "-"
+    found = ratio(ours[:both], theirs[:both])
+    if found.count == 1:
+        return f"{found.value:.2f}"
+    noise = "\nwithin noise" if found.low <= 1 <= found.high else ""
+    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f}){noise}"
 
 
 async def compare(rounds: int, console: Console) -> None:
     """Boots, disk, net and idling."""
     material = await innermost.prepare()
     tools = await rootfs.build()
-    vmms: list[Vmm] = [Vdev("pci"), Qemu("q35", "pci"), Vdev("mmio"), Qemu("microvm", "device")]
-    rows: dict[str, list[dict[str, float]]] = {vmm.name: [] for vmm in vmms}
     with tempfile.TemporaryDirectory() as place:
         data = _data(Path(place, "data.img"))
-        async with _network():
-            for number in range(rounds):
-                for vmm in vmms:
-                    end = "reboot" if isinstance(vmm, Qemu) else "poweroff"
-                    words = (
-                        f"console=ttyS0 quiet panic=-1 reboot=t {innermost.script(_SCRIPT, end)}"
-                    )
-                    run = await asyncio.wait_for(
-                        vmm.run(material.cloud, words, (tools, data)), _GUARD
-                    )
-                    rows[vmm.name].append(run.figures())
-                    console.print(f"round {number + 1}: {vmm.name}", json.dumps(rows[vmm.name][-1]))
-    table = Table("", *rows)
-    for name in next(iter(rows.values()))[0]:
-        medians = (statistics.median(found[name] for found in runs) for runs in rows.values())
-        table.add_row(name, *(f"{value:,.3g}" for value in medians))
-    console.print(table)
+        async with booted(VMMS, material.cloud, tools, data) as guests:
+            figures: Figures = {}
+            reasons: dict[str, Figures] = {}
+            for guest in guests:
+                add(figures, "kernel's clock at /init (s)", guest, guest.init)
+                add(figures, "exits until it is ready", guest, exits.total(guest.pid))
+            try:
+                await measure(guests, rounds, console, figures, reasons)
+            finally:
+                # What there is, where an emulated machine has ended a guest.
+                console.print(table_of(figures))
+                for what, found in reasons.items():
+                    console.print(table_of_reasons(what, found))
+
+
+def table_of_reasons(what: str, found: Figures) -> Table:
+    table = Table(f"exits a {what}", *(vmm.name for vmm in VMMS))
+    for reason in exits.REASONS:
+        values = [found[reason].get(vmm.name) for vmm in VMMS]
+        table.add_row(reason, *(f"{value[0]:.3f}" if value else "-" for value in values))
+    return table
+
+
+def _data(path: Path) -> Path:
+    path.write_bytes(os.urandom(64 * MIB))
+    return path
 
 
 async def restore(rounds: int, console: Console) -> None:
@@ -221,58 +301,23 @@ async def restore(rounds: int, console: Console) -> None:
                     await machine.start()
                     taken.append(time.monotonic() - began)
     small, large = (statistics.median(taken) for taken in times.values())
+    found = compared(times[2048 * MIB], times[256 * MIB]).replace("\n", ", ")
     console.print(
-        f"restore: 256 MiB {1e3 * small:.0f} ms, 2 GiB {1e3 * large:.0f} ms, "
-        f"ratio {large / small:.2f}"
+        f"restore: 256 MiB {1e3 * small:.0f} ms, 2 GiB {1e3 * large:.0f} ms, ratio {found}"
     )
 
 
-def _data(path: Path) -> Path:
-    path.write_bytes(os.urandom(64 * MIB))
-    return path
-
-
-class _network:
-    """The tap, its address, and an iperf3 server behind it."""
-
-    async def __aenter__(self) -> None:
-        for command in (
-            f"ip tuntap add {TAP} mode tap vnet_hdr",
-            f"ip addr add {HOST}/24 dev {TAP}",
-            f"ip link set {TAP} up",
-        ):
-            await _command(command)
-        self._server = await asyncio.create_subprocess_exec(
-            *("iperf3", "-s", "-B", HOST), stdout=asyncio.subprocess.DEVNULL
-        )
-
-    async def __aexit__(self, *exc: object) -> None:
-        self._server.kill()
-        await self._server.wait()
-        await _command(f"ip link delete {TAP}")
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process, all its threads (proc(5), stat)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-async def _command(text: str) -> None:
-    process = await asyncio.create_subprocess_exec(*text.split())
-    if await process.wait():
-        raise RuntimeError(f"{text}: exit code {process.returncode}")
-
-
 def main() -> int:
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    console = Console(width=110, highlight=False)
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else _ROUNDS
+    console = Console(width=150, highlight=False)
+    places = {"debugfs": exits.KVM.parent, "tracefs": exits.EVENTS.parents[1]}
+    unmounted = [(kind, place) for kind, place in places.items() if not place.is_mount()]
 
     async def everything() -> None:
-        if not _EXITS.parent.is_dir():
-            await _command(f"mount -t debugfs debugfs {_EXITS.parents[1]}")
+        for kind, place in unmounted:
+            await command(f"mount -t {kind} {kind} {place}")
         await compare(rounds, console)
-        await restore(rounds, console)
+        await restore(_RESTORES, console)
 
     asyncio.run(everything())
     return 0

@@ -189,6 +189,10 @@ int vmm_kvm_check(int kvm_fd, const char **missing);
 /* What KVM can show to a guest; returns how many entries. -E2BIG: more than `max`. */
 int vmm_kvm_cpuid(int kvm_fd, struct vmm_cpuid *out, uint32_t max);
 
+/* A new empty file in memory, of transparent huge pages where it is as long as those, or an error:
+ * -EPERM without CAP_SYS_ADMIN, -EINVAL where the kernel has no such pages. */
+int vmm_ram_file(void);
+
 /* A virtual machine with local APICs and an I/O APIC in the kernel.  Every region of `memory` is
  * RAM of the guest's; it is held until the end. */
 int vmm_vm_new(int kvm_fd, struct vmm_bus *bus, struct vhost_events *events,

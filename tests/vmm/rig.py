@@ -216,4 +216,4 @@ def held() -> Counter[str]:
     """Open descriptors, RAM's apart: it is unmapped when nobody knows it any more, and asyncio's
     debug log, which pytest keeps until the next test, knows everything."""
     gc.collect()
-    return Counter({name: count for name, count in open_fds().items() if "memfd" not in name})
+    return Counter({name: count for name, count in open_fds().items() if "guest-ram" not in name})

@@ -88,6 +88,18 @@ async def test_only_a_change_is_acknowledged(disk: MmioDriver) -> None:
     assert await disk.get(0x60) == 0
 
 
+async def test_used_buffers_are_acknowledged_without_the_monitor(disk: MmioDriver) -> None:
+    """KVM takes the writes that change nothing, and those alone."""
+    await disk.start(0)
+    disk.transport.device.notify_config()
+    assert disk.rig.vm.notify(disk.base + 0x64, 4, 1)
+    assert await disk.get(0x60) == 3
+    for size, value in ((4, 2), (4, 3), (4, 0), (1, 1), (2, 1)):
+        assert not disk.rig.vm.notify(disk.base + 0x64, size, value)
+    # Nor is it any queue's kick.
+    assert disk.rig.vm.ioeventfds[disk.base + 0x64, 1] not in disk.transport.kicks
+
+
 async def test_slots_are_as_many_as_pins() -> None:
     async with Rig(pci=False) as rig:
         for n in range(SLOTS_MAX):

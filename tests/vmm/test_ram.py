@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import vdev.vmm.ram
 from tests.vmm.rig import held
 from vdev.errors import UserError
 from vdev.vmm.layout import HIGH_RAM_BASE, LOW_RAM_MAX, MIB, PAGE
@@ -15,6 +19,7 @@ from vdev.vmm.ram import Ram
 
 SIZE = 64 * MIB
 DATA_AT = 32 * MIB
+_CAP_SYS_ADMIN = 21
 DATA = bytes(range(256)) * (8 * MIB // 256)
 
 
@@ -52,6 +57,79 @@ def test_new_ram_has_only_holes() -> None:
     assert b"".join(bytes(view) for _, view in ram.blocks(2 * MIB)) == (
         bytes(DATA_AT) + b"data".ljust(SIZE - DATA_AT, b"\0")
     )
+    ram.close()
+
+
+def transparent_huge() -> bool:
+    """Whether this process may have such pages, and the host has them."""
+    path = Path("/sys/kernel/mm/transparent_hugepage")
+    capabilities = re.findall(r"CapEff:\s+(\w+)", Path("/proc/self/status").read_text())
+    return (
+        bool(int(capabilities[0], 16) >> _CAP_SYS_ADMIN & 1)
+        and path.exists()
+        and "[never]" not in (path / "enabled").read_text()
+        and "[deny]" not in (path / "shmem_enabled").read_text()
+    )
+
+
+@pytest.mark.skipif(not transparent_huge(), reason="transparent huge pages are not to be had")
+def test_pages_are_huge() -> None:
+    """Touched once each, by 2 MiB: guests then leave for 512 pages at once."""
+    ram = Ram(SIZE)
+    assert mapped(ram.fd, "Size") == SIZE
+    for at in range(0, SIZE, 4 * MIB):
+        ram.write(at + 5 * PAGE, b"touched")
+    assert mapped(ram.fd, "ShmemPmdMapped") == ram.resident() == SIZE // 2
+    # What is nothing but zeroes in them is no part of a snapshot.
+    assert sum(end - start for start, end in ram.extents()) == SIZE // (4 * MIB) * (64 << 10)
+    ram.discard(0, 2 * MIB)
+    assert ram.resident() == SIZE // 2 - 2 * MIB
+    ram.close()
+
+
+@pytest.mark.parametrize("refusal", ["always madvise [never]", None])
+def test_where_huge_pages_are_not_to_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusal: str | None
+) -> None:
+    """The administrator says so, or the kernel knows nothing of them."""
+    enabled = tmp_path / "enabled"
+    if refusal:
+        enabled.write_text(refusal)
+    monkeypatch.setattr(vdev.vmm.ram, "_TRANSPARENT", str(enabled))
+    ram = Ram(SIZE)
+    ram.write(DATA_AT, b"data")
+    assert os.readlink(f"/proc/self/fd/{ram.fd}").startswith("/memfd:guest-ram")
+    assert bytes(ram.view(DATA_AT, 5)) == b"data\0"
+    ram.close()
+
+
+def test_who_may_mount_nothing_has_ram_all_the_same() -> None:
+    program = """
+import os
+from vdev.vmm.ram import Ram
+if os.getuid() == 0:
+    os.setresuid(65534, 65534, 65534)
+ram = Ram(64 << 20)
+ram.write(0, b"data")
+print(os.readlink(f"/proc/self/fd/{ram.fd}"))
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", program], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    assert said.startswith("/memfd:guest-ram")
+
+
+def test_extents_join_what_lies_together() -> None:
+    ram = Ram(SIZE)
+    ram.write(MIB - 5, b"x" * 10)
+    ram.write(SIZE - 1, b"x")
+    ram.write(0, bytes(PAGE))
+    (low, high), (last, end) = ram.extents()
+    piece = 64 << 10
+    assert MIB - piece <= low <= MIB - PAGE
+    assert MIB + PAGE <= high <= MIB + piece
+    assert SIZE - piece <= last <= SIZE - PAGE
+    assert end == SIZE
     ram.close()
 
 

@@ -17,9 +17,10 @@ from vdev.virtio.transport import FEATURE_WORDS, QUEUE_SIZE_MAX, QueueSetup, Tra
 
 MAGIC = 0x74726976
 VENDOR = 0x56444556
-NOTIFY = 0x50
+NOTIFY, ACKNOWLEDGE = 0x50, 0x64
+USED_BUFFER = 1
 _GENERATION, _CONFIG = 0xFC, 0x100
-_USED_BUFFER, _CONFIG_CHANGE = 1, 2
+_CONFIG_CHANGE = 2
 _QUEUE_REGISTERS = (
     Register("queue_num_max", 0x34, 4, initial=QUEUE_SIZE_MAX),
     Register("queue_num", 0x38, 4, initial=QUEUE_SIZE_MAX, writable=ALL),
@@ -44,7 +45,7 @@ def registers(device: Device) -> tuple[Register, ...]:
         Register("queue_sel", 0x30, 4, writable=ALL),
         *_QUEUE_REGISTERS,
         Register("interrupt_status", 0x60, 4),
-        Register("interrupt_ack", 0x64, 4, writable=_CONFIG_CHANGE, tell=Tell.ACKNOWLEDGES),
+        Register("interrupt_ack", ACKNOWLEDGE, 4, writable=_CONFIG_CHANGE, tell=Tell.ACKNOWLEDGES),
         Register("status", 0x70, 4, tell=Tell.WRITE),
         Register("shm_sel", 0xAC, 4, writable=ALL),
         # No shared memory: its length and base read as all ones (section 4.2.2.1).
@@ -83,7 +84,7 @@ class MmioTransport(Transport):
     def status(self, value: int) -> None:
         self.window.write("status", value)
         if value & lib.VIRTIO_STATUS_DRIVER_OK:
-            self.window.set_bits("interrupt_status", _USED_BUFFER)
+            self.window.set_bits("interrupt_status", USED_BUFFER)
 
     def driver_features(self) -> int:
         words = (self.window.read("driver_features", row) for row in range(FEATURE_WORDS))

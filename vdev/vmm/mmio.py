@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from vdev.registers import MMIO, Bus
 from vdev.virtio.device import Device
-from vdev.virtio.mmio import NOTIFY, MmioTransport
+from vdev.virtio.mmio import ACKNOWLEDGE, NOTIFY, USED_BUFFER, MmioTransport
 from vdev.vmm.acpi.platform import MmioDevice
 from vdev.vmm.interrupts import Interrupts
 from vdev.vmm.layout import IOAPIC_PINS, MMIO_BASE, MMIO_FIRST_GSI, VIRTIO_MMIO_SIZE
@@ -24,6 +25,7 @@ class MmioFunction:
         self._base = MMIO_BASE + slot * VIRTIO_MMIO_SIZE
         self.device = device
         self.transport = MmioTransport(device)
+        self._acknowledged = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._line = interrupts.pin(MMIO_FIRST_GSI + slot, self.transport.irq_fd)
         bus.place(self.transport.window, MMIO, self._base)
 
@@ -33,9 +35,15 @@ class MmioFunction:
         return MmioDevice(self._base, VIRTIO_MMIO_SIZE, self._line.gsi)
 
     def attach(self, vm: VM) -> None:
-        """Notifications are heard on `vm`: a write of a queue's index."""
+        """Notifications are heard on `vm`: a write of a queue's index.
+
+        So is what acknowledges used buffers alone, which changes nothing: KVM keeps it to itself,
+        since each interrupt has one.
+        """
         for index, kick in enumerate(self.transport.kicks):
             vm.ioeventfd(kick, MMIO, self._base + NOTIFY, True, match=index)
+        acknowledge = self._base + ACKNOWLEDGE
+        vm.ioeventfd(self._acknowledged, MMIO, acknowledge, True, match=USED_BUFFER)
 
     def detach(self) -> None:
         """The present VM is going, and takes its notifications along."""
@@ -59,3 +67,4 @@ class MmioFunction:
         self._bus.remove(self.transport.window)
         self._interrupts.release(self._line)
         await self.transport.close()
+        os.close(self._acknowledged)

@@ -14,16 +14,18 @@ from vdev.vmm.layout import MIB, PAGE, RamRange, ram_ranges
 
 _COPY = 8 * MIB
 _ZEROES = 64 << 10
+_TRANSPARENT = "/sys/kernel/mm/transparent_hugepage/enabled"
 
 
 class Ram:
     """`size` bytes of RAM; `memory` is what queues and KVM use.
 
-    hugepages: of 2 MiB each, reserved now.  image: a file of `size` bytes with what the RAM holds
-    at first, which must not change as long as this lives: pages are read when they are needed, and
-    copied when they are written.  shared: others can have it too (a back-end in another process);
-    an image is then copied at once.  Raises UserError where the host lacks huge pages, `size` is
-    none that a machine can have, or not the image's; OSError where that cannot be read.
+    hugepages: of 2 MiB each, reserved now; without it the host gives such pages where it has them
+    and this process may have them (CAP_SYS_ADMIN).  image: a file of `size` bytes with what the RAM
+    holds at first, which must not change as long as this lives: pages are read when they are
+    needed, and copied when they are written.  shared: others can have it too (a back-end in another
+    process); an image is then copied at once.  Raises UserError where the host lacks huge pages,
+    `size` is none that a machine can have, or not the image's; OSError where that cannot be read.
     """
 
     def __init__(
@@ -123,14 +125,30 @@ class Ram:
                 yield range_.offset + start, self.view(range_.base + start, length)
 
     def extents(self) -> Iterator[tuple[int, int]]:
-        """Offsets and ends of what was ever written, if that is known; else of what is not zero."""
-        if self._is_copy:
-            zeroes = bytes(_ZEROES)
-            for offset, view in self.blocks(_ZEROES):
-                if bytes(view) != zeroes:
-                    yield offset, offset + len(view)
-        else:
-            yield from data_extents(self.fd, self.size)
+        """Offsets and ends of what was ever written, but for pieces of 64 KiB that are all zero:
+        most of a huge page may never have been, and of a copy it is not known."""
+        begin = end = 0
+        for start, stop in self._not_zero():
+            if start != end:
+                if begin < end:
+                    yield begin, end
+                begin = start
+            end = stop
+        if begin < end:
+            yield begin, end
+
+    def _not_zero(self) -> Iterator[tuple[int, int]]:
+        written = [(0, self.size)] if self._is_copy else data_extents(self.fd, self.size)
+        zeroes = bytes(_ZEROES)
+        for start, end in written:
+            for range_ in self.ranges:
+                at, last = max(start, range_.offset), min(end, range_.offset + range_.size)
+                while at < last:
+                    stop = min(at - at % _ZEROES + _ZEROES, last)
+                    view = self.view(range_.base + at - range_.offset, stop - at)
+                    if bytes(view) != zeroes[: stop - at]:
+                        yield at, stop
+                    at = stop
 
     def close(self) -> None:
         """What queues and KVM have mapped stays so until their end."""
@@ -153,8 +171,10 @@ def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _new(size: int, hugepages: bool) -> int:
-    flags = os.MFD_CLOEXEC | (os.MFD_HUGETLB | os.MFD_HUGE_2MB if hugepages else 0)
-    fd = os.memfd_create("guest-ram", flags)
+    fd = -1 if hugepages else _transparent_huge()
+    if fd < 0:
+        flags = os.MFD_CLOEXEC | (os.MFD_HUGETLB | os.MFD_HUGE_2MB if hugepages else 0)
+        fd = os.memfd_create("guest-ram", flags)
     try:
         os.ftruncate(fd, size)
         if hugepages:
@@ -169,6 +189,16 @@ def _new(size: int, hugepages: bool) -> int:
             ) from None
         raise
     return fd
+
+
+def _transparent_huge() -> int:
+    """A new file of such pages, or less than 0 where the host has none or this process may not."""
+    try:
+        with open(_TRANSPARENT) as file:
+            allowed = "[never]" not in file.read()
+    except OSError:
+        return -1
+    return int(lib.vmm_ram_file()) if allowed else -1
 
 
 def _fill(fd: int, image: int, size: int) -> None:

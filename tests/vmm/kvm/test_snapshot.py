@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import re
 import socket
+import struct
 import subprocess
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -17,7 +18,7 @@ import pytest
 
 from tests.lab.innermost import Material
 from tests.lab.process import run
-from tests.vmm.kvm.guest import MIB, Guest, booted, config_of, eventually, within
+from tests.vmm.kvm.guest import GUARD, MIB, Guest, booted, config_of, eventually, within
 from vdev.errors import UserError
 from vdev.vmm.api import End, Outcome, State
 from vdev.vmm.config import DiskConfig, MachineConfig, NicConfig
@@ -33,6 +34,8 @@ BLOCK = 256 << 10
 SLOTS = 16
 SERVER, GUEST = "10.77.3.1", "10.77.3.2"
 BRIDGE = "vdev-snap"
+_BYTES_RECEIVED = 128
+"""Where struct tcp_info has them (linux/tcp.h)."""
 
 _WRITER = f"""
 mkdir -p /run/sums; n=0
@@ -57,6 +60,9 @@ class LineServer:
     def __init__(self, address: str) -> None:
         self.lines: list[str] = []
         self.connections = 0
+        self._connection: socket.socket | None = None
+        self._kept = 0
+        self._news = threading.Condition()
         self._listening = socket.create_server((address, PORT), reuse_port=True)
         threading.Thread(target=self._serve, daemon=True).start()
 
@@ -67,14 +73,26 @@ class LineServer:
             except OSError:
                 return
             self.connections += 1
+            self._connection, self._kept = connection, 0
             with (
                 contextlib.suppress(OSError),
                 connection,
                 connection.makefile("rwb", buffering=0) as stream,
             ):
                 for line in stream:
-                    self.lines.append(line.decode().strip())
+                    with self._news:
+                        self.lines.append(line.decode().strip())
+                        self._kept += len(line)
+                        self._news.notify_all()
                     stream.write(line)
+
+    def keep_all(self) -> None:
+        """Returns when all that the kernel has received by the present connection is kept."""
+        assert self._connection is not None
+        info = self._connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        (received,) = struct.unpack_from("Q", info, _BYTES_RECEIVED)
+        with self._news:
+            assert self._news.wait_for(lambda: self._kept >= received, GUARD)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -206,8 +224,7 @@ async def _take(material: Material, place: Path, server: LineServer) -> Taken:
         date = await number(guest, "date +%s")
         await machine.pause()
         await machine.snapshot(str(place / "snapshot"))
-        # What the kernel still had of it has been read by now.
-        await asyncio.sleep(0.5)
+        await asyncio.to_thread(server.keep_all)
         lines = len(server.lines)
         assert machine.state is State.PAUSED
     return Taken(place / "snapshot", uptime, date, lines)
