@@ -77,7 +77,7 @@ async def test_a_guest_finds_the_machine_as_configured(
         iomem = await guest.sh("grep 'System RAM' /proc/iomem")
         assert ("100000000-" in iomem) == (memory > 3072), iomem
         resident = guest.machine.info()["resident"]
-        assert resident < min(memory * MIB, 400 * MIB)
+        assert resident < min(memory * MIB, 600 * MIB)
         # What firmware's place and the kernel's file took in small pages aside.
         assert in_huge_pages() > resident / 2
 
