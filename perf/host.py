@@ -14,8 +14,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-SLACK = 1.5
-"""A cost within this factor is the same: one host's own moods lie that far apart."""
+SLACK = 2.0
+"""A cost within this factor is the same: one host's own moods lie 1.8 apart."""
 _ROUNDS, _CALLS = 15, 2000
 _PAGE = 4096
 

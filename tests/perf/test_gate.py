@@ -62,7 +62,7 @@ def test_another_kind_of_host_is_named_and_has_ratios_of_its_own() -> None:
 
 
 def test_a_host_in_another_mood_is_the_same_host() -> None:
-    mood = replace(HOST, kernel="6.18.50", system_call_ns=240.0)
+    mood = replace(HOST, kernel="6.18.50", system_call_ns=340.0)
     changes, left = gate.changes(
         BASELINE, run(row({"vdev": [200.0] * 5, "peer": STEADY}), host=mood)
     )
