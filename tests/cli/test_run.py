@@ -346,7 +346,10 @@ RUN = ("run", "--vmm", "qemu", "--kernel")
         ([*RUN, "kernel", "--memory", "64MB"], "size '64MB' is ambiguous"),
         ([*RUN, "kernel", "--cpus", "65"], "cpus = 65: 1 to 64"),
         ([*RUN, "kernel", "--disk", "null:1M,cahce=none"], "unknown key 'cahce': did you mean cac"),
-        ([*RUN, "kernel", "--net", "mac=52:54:00:00:00:01"], "needs a bridge, a tap, a switch or a"),
+        (
+            [*RUN, "kernel", "--net", "mac=52:54:00:00:00:01"],
+            "needs a bridge, a tap, a switch or a",
+        ),
         ([*RUN, "kernel", "--net", "br0"], "'br0': write KEY=VALUE"),
         ([*RUN, "kernel", "--share", "missing"], "share missing: no such folder"),
         ([*RUN, "kernel", "--share", "."], "the VMM qemu has no shares"),
