@@ -1,11 +1,11 @@
 """Machines side by side: ``python -m perf.machines [ROUNDS]``, where KVM runs stock kernels.
 
-On a host whose KVM does not: ``python -m tests.lab.kvm -- .venv/bin/python -m perf.machines``, in an
-emulated machine, where only ratios mean something.  A guest on each VMM is booted once; all keep a
-load up, and in each round each has one window in turn, in an order that turns with the rounds, while the
-others stand still.  So a ratio compares windows seconds apart; what it says lies beyond the noise
-where the interval of the rounds' ratios (perf.stats) does not reach 1.  Then exits by reason, and
-restores of small and large machines.
+On a host whose KVM does not: ``python -m tests.lab.kvm -- .venv/bin/python -m perf.machines``, in
+an emulated machine, where only ratios mean something.  A guest on each VMM is booted once; all keep
+a load up, and in each round each has one window in turn, in an order that turns with the rounds,
+while the others stand still.  So a ratio compares windows seconds apart; what it says lies beyond
+the noise where the interval of the rounds' ratios (perf.stats) does not reach 1.  Then exits by
+reason, and restores of small and large machines.
 """
 
 from __future__ import annotations
