@@ -306,10 +306,13 @@ class Supervisor:
                 orders = replace(self._orders(worker), passage=theirs.fileno())
                 successor = await self._start(orders, command)
                 theirs.close()
-                watched = successor.process.watch()
-                fds = {"passage": ours.fileno(), "successor": watched}
                 try:
-                    answer = await worker.ask("upgrade", fds=fds, timeout=patience)
+                    watched = successor.process.watch()
+                    try:
+                        fds = {"passage": ours.fileno(), "successor": watched}
+                        answer = await worker.ask("upgrade", fds=fds, timeout=patience)
+                    finally:
+                        os.close(watched)
                 except BaseException as error:
                     successor.writer.close()
                     successor.process.kill()
@@ -317,8 +320,6 @@ class Supervisor:
                     if isinstance(error, ConnectionError):
                         raise UserError(f"the worker of {worker.names} has ended") from None
                     raise
-                finally:
-                    os.close(watched)
             worker.running = successor
             if self._stop.is_set():
                 _terminate(worker)
