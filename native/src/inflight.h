@@ -40,10 +40,7 @@ struct tracker {
             uint16_t *last;        /* of the chain that begins with this entry */
             uint16_t *next;        /* as in `desc` */
             uint16_t free_head;    /* of the list of free entries */
-            uint32_t free;         /* entries in it ... */
-            uint32_t returning;    /* ... and in chains that were pushed and not shown yet */
-            uint16_t used_idx;     /* what the driver was shown */
-            uint16_t used_bits;
+            uint32_t returning;    /* descriptors of what was pushed and not shown yet */
         } packed;
     };
 };

@@ -27,7 +27,7 @@
 #include <stdlib.h>
 
 /* A queue's used indexes, in one store: between two, no place of the ring would be said. */
-union used {
+union used_places {
     struct {
         uint16_t idx, old_idx;
         uint8_t wrap_counter, old_wrap_counter;
@@ -35,28 +35,26 @@ union used {
     uint64_t word;
 };
 
-typedef uint64_t __attribute__((may_alias)) used_word;
-
-_Static_assert(offsetof(struct vhost_user_inflight_packed, used_idx) % sizeof(used_word) == 0 &&
+_Static_assert(offsetof(struct vhost_user_inflight_packed, used_idx) % sizeof(word) == 0 &&
                    offsetof(struct vhost_user_inflight_packed, padding) -
                            offsetof(struct vhost_user_inflight_packed, used_idx) ==
-                       offsetof(union used, old_wrap_counter) + 1,
+                       offsetof(union used_places, old_wrap_counter) + 1,
                "the region has them as a word");
 
-static used_word *used_of(const struct tracker *t)
+static word *used_of(const struct tracker *t)
 {
     return (void *)&t->packed.shared->used_idx;
 }
 
-static void store_used(struct tracker *t, union used used)
+static void store_used(struct tracker *t, union used_places used)
 {
     __atomic_store_n(used_of(t), used.word, __ATOMIC_RELAXED);
 }
 
 /* No update is under way. */
-static union used both_used(uint16_t idx, uint8_t wrap_counter)
+static union used_places both_used(uint16_t idx, uint8_t wrap_counter)
 {
-    return (union used){{idx, idx, wrap_counter, wrap_counter}};
+    return (union used_places){{idx, idx, wrap_counter, wrap_counter}};
 }
 
 static uint16_t load(const uint16_t *p)
@@ -87,7 +85,7 @@ static int read_head(const struct vhost_queue *q, struct found *f)
 {
     const struct tracker *t = q->tracker;
     const struct vhost_user_inflight_packed *shared = t->packed.shared;
-    union used used = {.word = __atomic_load_n(used_of(t), __ATOMIC_RELAXED)};
+    union used_places used = {.word = __atomic_load_n(used_of(t), __ATOMIC_RELAXED)};
     uint16_t free_head = load(&shared->free_head), old_free_head = load(&shared->old_free_head);
 
     if (load(&shared->desc_num) != t->region->queue_size || used.idx >= q->ring.size ||
@@ -166,7 +164,6 @@ static int read_region(struct vhost_queue *q, struct found *f)
         return -EBADMSG;
     t->num_again = num_chains;
     t->packed.again_descs = f->num_descs;
-    t->packed.free = num_free;
     return 0;
 }
 
@@ -293,7 +290,6 @@ static void begin(struct vhost_queue *q)
         t->packed.next[i] = (uint16_t)(i + 1);
         t->packed.desc[i] = (struct vhost_user_inflight_desc){.next = (uint16_t)(i + 1)};
     }
-    t->packed.free = size;
     store(&shared->desc_num, (uint16_t)size);
     store(&shared->free_head, 0);
     store(&shared->old_free_head, 0);
@@ -313,68 +309,54 @@ static int tracked_map(struct vhost_queue *q)
     return err;
 }
 
-/* Returns the first entry of the chain of `n` descriptors that was popped at this place.  They are
- * read once more; the next server checks what it finds as it checks any chain. */
-compiled_apart uint16_t note(struct vhost_queue *q, struct tracker *t, uint16_t at, uint32_t n)
+/* The chain of these `n` descriptors is in flight, as far as the region says; its first entry was
+ * the list's. */
+static inline void take_off(struct tracker *t, const struct notes *notes, uint16_t first,
+                            uint32_t n)
 {
-    uint16_t first = t->packed.free_head, entry = first, last = first, *next = t->packed.next;
-    struct vhost_user_inflight_desc *desc = t->packed.desc;
+    struct vhost_user_inflight_desc *desc = &t->packed.desc[first];
 
-    for (uint32_t i = 0; i < n; i++) {
-        struct desc d = desc_read(&q->ring.slot[at]);
-        last = entry;
-        entry = next[entry];
-        /* Its `next` is that of the list, which it must not leave for a moment. */
-        desc[last].id = d.low;
-        desc[last].flags = d.high;
-        desc[last].len = d.len;
-        desc[last].addr = d.addr;
-        if (++at == q->ring.size)
-            at = 0;
-    }
-    desc[first].last = last;
-    desc[first].num = (uint16_t)n;
-    desc[first].counter = t->counter++;
-    desc[first].inflight = 1;
+    desc->last = notes->last;
+    desc->num = (uint16_t)n;
+    desc->counter = t->counter++;
+    desc->inflight = 1;
     inflight_order();
-    store(&t->packed.shared->free_head, entry);
+    store(&t->packed.shared->free_head, notes->entry);
     inflight_order();
-    store(&t->packed.shared->old_free_head, entry);
-    t->packed.free_head = entry;
-    t->packed.free -= n;
-    t->packed.last[first] = last;
-    return first;
+    store(&t->packed.shared->old_free_head, notes->entry);
+    t->packed.free_head = notes->entry;
+    t->packed.last[first] = notes->last;
 }
 
-static uint16_t popped_again(struct vhost_queue *q, struct tracker *t, uint32_t n)
+static cold_path bool take_again(struct vhost_queue *q, struct chain *chain, enum walk walk)
 {
-    uint16_t first = t->packed.again_entry[t->packed.popped_again++];
+    struct tracker *t = q->tracker;
 
-    t->packed.again_descs -= n;
+    if (!packed_take(q, chain, walk, NULL))
+        return false;
+    t->packed.again_descs -= q->lengths[chain->head];
+    t->packed.entry[chain->head] = t->packed.again_entry[t->packed.popped_again++];
     if (--t->num_again == 0)
         q->ring.offered = q->ring.slot;
-    return first;
+    return true;
 }
 
 compiled_apart bool tracked_take(struct vhost_queue *q, struct chain *chain, enum walk walk)
 {
     struct tracker *t = q->tracker;
-    uint16_t at = q->ring.next_avail;
 
-    if (!packed_take(q, chain, walk))
+    if (unlikely(t->num_again))
+        return take_again(q, chain, walk);
+    struct notes notes = {
+        .desc = t->packed.desc,
+        .next = t->packed.next,
+        .entry = t->packed.free_head,
+    };
+    if (!packed_take(q, chain, walk, &notes))
         return false;
-    uint32_t n = q->lengths[chain->head];
-    if (unlikely(t->num_again)) {
-        t->packed.entry[chain->head] = popped_again(q, t, n);
-        return true;
-    }
-    /* What was pushed is not the driver's to make available again until it is shown. */
-    if (unlikely(n > t->packed.free)) {
-        ring_packed.unpop(q, chain->head);
-        queue_break(q, VHOST_FAULT_HEAD_BUSY);
-        return false;
-    }
-    t->packed.entry[chain->head] = note(q, t, at, n);
+    uint16_t first = t->packed.free_head;
+    take_off(t, &notes, first, q->lengths[chain->head]);
+    t->packed.entry[chain->head] = first;
     return true;
 }
 
@@ -413,8 +395,9 @@ static void tracked_show(struct vhost_queue *q)
     struct vhost_user_inflight_desc *desc = t->packed.desc;
     const uint16_t *batch = t->batch;
     uint32_t n = t->pushed;
-    uint16_t head = t->packed.free_head, used_idx = q->ring.used_idx;
-    uint8_t counter = q->ring.used_bits != 0, old_counter = t->packed.used_bits != 0;
+    uint16_t head = t->packed.free_head;
+    uint16_t old_idx = q->ring.used_idx, old_bits = q->ring.used_bits;
+    uint16_t idx = old_idx, bits = old_bits;
 
     if (!n)
         return;
@@ -424,10 +407,11 @@ static void tracked_show(struct vhost_queue *q)
         t->packed.next[last] = head;
         head = first;
     }
+    move(&q->ring, &idx, &bits, t->packed.returning);
     inflight_order();
     store(&shared->free_head, head);
     inflight_order();
-    store_used(t, (union used){{used_idx, t->packed.used_idx, counter, old_counter}});
+    store_used(t, (union used_places){{idx, old_idx, bits != 0, old_bits != 0}});
     inflight_order();
     ring_packed.show(q);
     inflight_order();
@@ -436,12 +420,9 @@ static void tracked_show(struct vhost_queue *q)
     inflight_order();
     store(&shared->old_free_head, head);
     inflight_order();
-    store_used(t, both_used(used_idx, counter));
+    store_used(t, both_used(idx, bits != 0));
     t->packed.free_head = head;
-    t->packed.free += t->packed.returning;
     t->packed.returning = 0;
-    t->packed.used_idx = used_idx;
-    t->packed.used_bits = q->ring.used_bits;
     t->pushed = 0;
 }
 
@@ -464,8 +445,6 @@ static void attach(struct vhost_queue *q)
 {
     struct ring_layout *layout = &q->ring.layout;
 
-    q->tracker->packed.used_idx = q->ring.used_idx;
-    q->tracker->packed.used_bits = q->ring.used_bits;
     layout->map = tracked_map;
     layout->pop = q->memory->behind ? tracked_pop_in_view : tracked_pop;
     layout->push = tracked_push;

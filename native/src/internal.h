@@ -207,6 +207,12 @@ struct ring_layout {
 
 extern const struct ring_layout ring_split, ring_packed;
 
+/* A chain that the driver is yet to be shown. */
+struct used {
+    uint32_t len;
+    uint16_t id, taken; /* descriptors */
+};
+
 struct ring {
     struct ring_layout layout;
     bool packed;
@@ -230,15 +236,12 @@ struct ring {
                 *offered;                 /* slot, or, before it, what is popped once more */
             const uint32_t *driver_event; /* struct vring_packed_desc_event */
             uint32_t *device_event;
-            uint32_t taken;       /* descriptors in flight */
+            uint32_t taken;       /* descriptors that are not the driver's */
             uint16_t avail_bits;  /* flags of what is available at next_avail */
             uint16_t used_bits;   /* flags of what is used at used_idx */
-            uint16_t first;       /* the first used descriptor that is not shown ... */
-            uint16_t first_flags; /* ... and its flags, which will show it */
-            uint32_t unshown;     /* descriptors, from there to used_idx */
-            uint32_t uncalled;    /* since call was last considered */
-            uint16_t last;        /* IN_ORDER: the used descriptor that was written last ... */
-            uint16_t last_bits;   /* ... and the used bits there */
+            struct used *unshown; /* what was pushed since, from used_idx on */
+            uint32_t num_unshown;
+            uint32_t uncalled; /* descriptors since call was last considered */
         };
     };
 };

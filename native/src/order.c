@@ -51,17 +51,11 @@ static void order_unpop(struct vhost_queue *q, uint16_t head)
 static void give_back(struct vhost_queue *q, const struct ordered *c)
 {
     struct order *o = q->order;
-    struct ring *r = &q->ring;
 
-    if (o->open && o->inner.join) {
+    if (o->open && o->inner.join)
         o->inner.join(q, c->head, c->len);
-    } else {
-        if (r->packed) {
-            r->last = r->used_idx;
-            r->last_bits = r->used_bits;
-        }
+    else
         o->inner.push(q, c->head, c->len);
-    }
     o->open = !c->writable;
 }
 

@@ -15,6 +15,9 @@ enum {
     WRAP = 1 << WRAP_BIT,
 };
 
+/* Several fields of a structure that are written at once. */
+typedef uint64_t __attribute__((may_alias)) word;
+
 /* What is available in the round after this one. */
 static inline uint16_t flip(uint16_t bits)
 {
@@ -80,15 +83,37 @@ static inline enum vhost_fault packed_walk_table(struct vhost_queue *q, struct g
     return VHOST_FAULT_NONE;
 }
 
+/* Where a chain's descriptors are noted while they are read: in entries of a list. */
+struct notes {
+    struct vhost_user_inflight_desc *desc;
+    const uint16_t *next;
+    uint16_t entry, last; /* the next one, and the one before it */
+};
+
+/* A descriptor has the same fields there in another order. */
+static inline void note(struct notes *notes, struct desc d)
+{
+    struct vhost_user_inflight_desc *to = &notes->desc[notes->entry];
+
+    /* Its `next` is that of the list, which it must not leave for a moment. */
+    to->id = d.low;
+    to->flags = d.high;
+    to->len = d.len;
+    to->addr = d.addr;
+    notes->last = notes->entry;
+    notes->entry = notes->next[notes->entry];
+}
+
 /* Of the two walks each has all in one function, which the compiler would divide to share parts. */
 #define compiled_apart static inline __attribute__((always_inline))
 
-/* Walks the chain at next_avail into q->iov; *len descriptors of the ring. */
+/* Walks the chain at next_avail into q->iov; *len descriptors of the ring.  They are read once: the
+ * driver is writing others beside them. */
 compiled_apart enum vhost_fault packed_walk(struct vhost_queue *q, struct chain *c, uint16_t *len,
-                                            enum walk walk)
+                                            enum walk walk, struct notes *notes)
 {
     const struct ring *r = &q->ring;
-    /* What is in flight is not the driver's to make available once more. */
+    /* Nothing is the driver's to make available once more before it is shown. */
     uint32_t i = r->next_avail, seen = 0, room = r->size - r->taken;
     struct gathered g = {0};
     enum vhost_fault fault;
@@ -100,6 +125,8 @@ compiled_apart enum vhost_fault packed_walk(struct vhost_queue *q, struct chain 
         struct desc d = desc_read(&r->offered[i]);
         id = d.low;
         flags = d.high;
+        if (notes)
+            note(notes, d);
         if (flags & VRING_DESC_F_INDIRECT) {
             /* Section 2.8.19: not in a list. */
             if (unlikely(seen > 1 || (flags & VRING_DESC_F_NEXT)))
@@ -122,14 +149,16 @@ compiled_apart enum vhost_fault packed_walk(struct vhost_queue *q, struct chain 
     return chain_end(q, &g, seen, c);
 }
 
-compiled_apart bool packed_take(struct vhost_queue *q, struct chain *chain, enum walk walk)
+/* notes: or NULL. */
+compiled_apart bool packed_take(struct vhost_queue *q, struct chain *chain, enum walk walk,
+                                struct notes *notes)
 {
     struct ring *r = &q->ring;
     uint16_t len;
 
     if (!is_available(&r->offered[r->next_avail], r->avail_bits))
         return false;
-    enum vhost_fault fault = packed_walk(q, chain, &len, walk);
+    enum vhost_fault fault = packed_walk(q, chain, &len, walk, notes);
     if (unlikely(fault)) {
         chain_fail(q, fault, walk);
         return false;
@@ -147,7 +176,6 @@ static inline uint16_t packed_idle(struct vhost_queue *q, uint16_t id)
     uint16_t len = q->lengths[id];
 
     q->lengths[id] = 0;
-    q->ring.taken -= len;
     q->in_flight--;
     return len;
 }
@@ -155,42 +183,18 @@ static inline uint16_t packed_idle(struct vhost_queue *q, uint16_t id)
 static inline void packed_push(struct vhost_queue *q, uint16_t id, uint32_t len)
 {
     struct ring *r = &q->ring;
-    struct vring_packed_desc *d = &r->slot[r->used_idx];
-    /* WRITE: the length counts (section 2.8.4). */
-    uint16_t flags = (uint16_t)(r->used_bits | (len ? VRING_DESC_F_WRITE : 0));
-    uint16_t taken = packed_idle(q, id);
 
-    d->len = len;
-    d->id = id;
-    if (r->unshown) {
-        __atomic_store_n(&d->flags, flags, __ATOMIC_RELAXED);
-    } else {
-        r->first = r->used_idx;
-        r->first_flags = flags;
-    }
-    r->unshown += taken;
-    move(r, &r->used_idx, &r->used_bits, taken);
+    r->unshown[r->num_unshown++] = (struct used){len, id, packed_idle(q, id)};
     if (!q->dirty)
         iothread_mark_dirty(q);
 }
 
-/* The used descriptor written last, which is not shown yet, tells of this chain instead of its own.
- */
+/* What was pushed last, and is not shown yet, tells of this chain, too. */
 static inline void packed_join(struct vhost_queue *q, uint16_t id, uint32_t len)
 {
-    struct ring *r = &q->ring;
-    struct vring_packed_desc *d = &r->slot[r->last];
-    uint16_t flags = (uint16_t)(r->last_bits | (len ? VRING_DESC_F_WRITE : 0));
-    uint16_t taken = packed_idle(q, id);
+    struct used *last = &q->ring.unshown[q->ring.num_unshown - 1];
 
-    d->len = len;
-    d->id = id;
-    if (r->last == r->first)
-        r->first_flags = flags;
-    else
-        __atomic_store_n(&d->flags, flags, __ATOMIC_RELAXED);
-    r->unshown += taken;
-    move(r, &r->used_idx, &r->used_bits, taken);
+    *last = (struct used){len, id, (uint16_t)(last->taken + packed_idle(q, id))};
 }
 
 #endif

@@ -74,11 +74,13 @@ static int queue_init(struct vhost_queue *q, const struct vhost_queue_config *co
     q->iov_max = q->chain_max + (q->memory->behind ? IOV_SLACK_VIEW : IOV_SLACK);
     q->iov = calloc(q->iov_max, sizeof(*q->iov));
     q->table = calloc(q->chain_max, sizeof(*q->table));
-    if (q->ring.packed)
+    if (q->ring.packed) {
         q->lengths = calloc(q->ring.size, sizeof(*q->lengths));
-    else
+        q->ring.unshown = calloc(q->ring.size, sizeof(*q->ring.unshown));
+    } else {
         q->busy = calloc((q->ring.size + 63u) / 64, sizeof(*q->busy));
-    if (!q->iov || !q->table || (!q->busy && !q->lengths))
+    }
+    if (!q->iov || !q->table || !(q->ring.packed ? q->lengths && q->ring.unshown : !!q->busy))
         return -ENOMEM;
     if (config->inflight && (err = inflight_open(q, config->inflight)) < 0)
         return err;
@@ -113,6 +115,8 @@ static void queue_destroy(struct vhost_queue *q)
     free(q->table);
     free(q->busy);
     free(q->lengths);
+    if (q->ring.packed)
+        free(q->ring.unshown);
     free(q);
 }
 

@@ -17,8 +17,9 @@
  * (ids and lengths in flight) is kept out of its reach.
  *
  * The driver stops at the first descriptor that is not used.  Therefore that one is written last,
- * by packed_show, and all that was pushed since becomes visible at once: the buffers of a received
- * frame must not come one by one.
+ * and all that was pushed becomes visible at once: the buffers of a received frame must not come
+ * one by one.  Nothing is written before that: the driver looks at the same cache lines, and
+ * whatever comes between two writes to one is paid for by both.
  */
 #include "packed.h"
 #include <errno.h>
@@ -92,6 +93,7 @@ static void packed_unpop(struct vhost_queue *q, uint16_t id)
     struct ring *r = &q->ring;
     uint16_t len = packed_idle(q, id);
 
+    r->taken -= len;
     if (r->next_avail < len) {
         r->next_avail = (uint16_t)(r->next_avail + r->size);
         r->avail_bits = flip(r->avail_bits);
@@ -101,32 +103,52 @@ static void packed_unpop(struct vhost_queue *q, uint16_t id)
 
 /* ---- used ---- */
 
-/* The descriptors from `first` on.  Those are logged where they are: the log's address of the ring
+/* `n` descriptors from `first` on.  Those are logged where they are: the log's address of the ring
  * is that of the third area, which holds no more than the device's wish. */
-static cold_path void log_shown(struct vhost_queue *q)
+static cold_path void log_shown(struct vhost_queue *q, uint32_t first, uint32_t n)
 {
     const struct ring *r = &q->ring;
-    uint32_t n = r->unshown < r->size ? r->unshown : r->size, end = r->size - r->first;
+    uint32_t end = r->size - first;
 
-    ring_log(q, q->desc_addr, r->first * sizeof(*r->slot), (n < end ? n : end) * sizeof(*r->slot));
+    ring_log(q, q->desc_addr, first * sizeof(*r->slot), (n < end ? n : end) * sizeof(*r->slot));
     if (n > end)
         ring_log(q, q->desc_addr, 0, (n - end) * sizeof(*r->slot));
+}
+
+/* All but the address, in one store: whoever sees one of them sees all. */
+static inline void mark_used(struct vring_packed_desc *d, struct used used, uint16_t bits,
+                             int order)
+{
+    /* WRITE: the length counts (section 2.8.4). */
+    uint64_t flags = bits | (used.len ? VRING_DESC_F_WRITE : 0);
+
+    __atomic_store_n((word *)&d->len, used.len | (uint64_t)used.id << 32 | flags << 48, order);
 }
 
 static void packed_show(struct vhost_queue *q)
 {
     struct ring *r = &q->ring;
+    const struct used *used = r->unshown;
+    uint16_t first = r->used_idx, first_bits = r->used_bits;
+    uint32_t n = r->num_unshown, taken = used->taken;
 
-    if (!r->unshown)
+    if (!n)
         return;
     if (unlikely(q->num_marks))
         log_flush(q);
+    move(r, &r->used_idx, &r->used_bits, taken);
+    for (uint32_t i = 1; i < n; i++) {
+        mark_used(&r->slot[r->used_idx], used[i], r->used_bits, __ATOMIC_RELAXED);
+        move(r, &r->used_idx, &r->used_bits, used[i].taken);
+        taken += used[i].taken;
+    }
     /* Release: the buffers, and the descriptors behind this one, come before it. */
-    __atomic_store_n(&r->slot[r->first].flags, r->first_flags, __ATOMIC_RELEASE);
+    mark_used(&r->slot[first], *used, first_bits, __ATOMIC_RELEASE);
     if (unlikely(q->log))
-        log_shown(q);
-    r->uncalled += r->unshown;
-    r->unshown = 0;
+        log_shown(q, first, taken);
+    r->num_unshown = 0;
+    r->taken -= taken;
+    r->uncalled += taken;
 }
 
 /* Whether the driver wants to hear of the last `n` used descriptors (section 2.8.14). */
@@ -202,12 +224,12 @@ static bool packed_arm(struct vhost_queue *q)
 
 static bool packed_pop(struct vhost_queue *q, struct chain *chain)
 {
-    return packed_take(q, chain, WALK_MEMORY);
+    return packed_take(q, chain, WALK_MEMORY, NULL);
 }
 
 static bool packed_pop_in_view(struct vhost_queue *q, struct chain *chain)
 {
-    return packed_take(q, chain, WALK_VIEW);
+    return packed_take(q, chain, WALK_VIEW, NULL);
 }
 
 const struct ring_layout ring_packed = {
