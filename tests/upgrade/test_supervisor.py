@@ -27,6 +27,7 @@ from vdev.errors import UserError
 from vdev.runtime import runtime_dir
 from vdev.server.control import request
 
+VDEV = (sys.executable, "-m", "vdev")
 VERSION = "99.9"
 
 
@@ -270,13 +271,21 @@ class TestDeaths:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_in_the_exec(server: Server, folder: Path, number: signal.Signals) -> None:
-    sending = program(folder, f"if become:\n    os.kill(os.getpid(), {int(number)})")
+    """It is the new one's, who has ended the workers before it ends itself."""
+    sending = (
+        "if become:\n"
+        "    print(*children(os.getpid()), file=open('left', 'w'))\n"
+        f"    os.kill(os.getpid(), {int(number)})"
+    )
     upgrading = subprocess.Popen(
-        [sys.executable, "-m", "vdev", "upgrade", str(server.pid), "--program", sending],
+        [*VDEV, "upgrade", str(server.pid), "--program", program(folder, sending)],
         stderr=subprocess.DEVNULL,
     )
     check_ended(server)
     upgrading.wait(TIMEOUT)
+    left = Path("left").read_text().split()
+    assert left
+    assert not any(Path(f"/proc/{pid}").exists() for pid in left)
     assert server.output == ""
     assert server.notify.recv(4096) == b"STOPPING=1"
 
@@ -295,7 +304,7 @@ def test_a_signal_just_before_the_exec(server: Server, folder: Path) -> None:
 
 @pytest.mark.parametrize("times", [0, 2])
 def test_nohup_is_respected(folder: Path, times: int) -> None:
-    with Server(["nohup", sys.executable, "-m", "vdev", "serve", "two.toml"]) as server:
+    with Server(["nohup", *VDEV, "serve", "two.toml"]) as server:
         for _ in range(times):
             upgrade(server, program=program(folder))
         server.process.send_signal(signal.SIGHUP)
