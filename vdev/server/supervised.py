@@ -75,7 +75,10 @@ class Worker:
         return there and not self.asking.locked()
 
     def save(self, fds: Descriptors) -> dict[str, Any]:
-        """All of it, for `restore` in the next program; when `is_idle`, and `moving` is held."""
+        """All of it, for `restore` in the next program; its process, too, if there is one.
+
+        It stays true while `moving` is held and it `is_idle`, until the event loop's next turn.
+        """
         running = self.running
         return {
             "devices": [asdict(device) for device in self.devices],
