@@ -202,7 +202,7 @@ async def test_stopped_while_it_waits(folder: Path) -> None:
     crashing = (
         "import os, socket, sys\n"
         "from vdev.server.worker import Orders\n"
-        "sock = socket.socket(fileno=Orders.read(int(sys.argv[1])).channel)\n"
+        "sock = socket.socket(fileno=Orders.read(int(sys.argv[2])).channel)\n"
         "sock.recv(100)\n"
         'sock.sendall(b\'{"ok": true, "result": null}\\n\')\n'
         "os.abort()\n"

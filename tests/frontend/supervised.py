@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from vdev.cli.serve import COMMAND, run_on_loop
+from vdev.cli.serve import PROGRAM, run_on_loop
 from vdev.config import load_config
 from vdev.server.devices import device_specs
 from vdev.server.supervisor import Patience, Supervisor
@@ -15,7 +15,7 @@ from vdev.server.supervisor import Patience, Supervisor
 
 async def supervise(path: str) -> None:
     devices = device_specs(load_config(path))
-    await Supervisor(devices, COMMAND, patience=Patience(lasting=0)).run()
+    await Supervisor(devices, PROGRAM, patience=Patience(lasting=0)).run()
 
 
 if __name__ == "__main__":

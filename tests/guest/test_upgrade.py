@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,7 @@ async def test_servers_that_are_replaced_again_and_again(lab: Lab, networking: N
         assert (result.errors, result.read_bytes) == (0, _SIZE)
         assert echoes.received == echoes.sent == _PINGS
         assert len(served) == _UPGRADES + 1
+        assert "supervisor" in _arguments(server.process.pid)
         seen = await guest.run("dmesg | grep -ciE 'I/O error|blk_update_request|EXT4-fs error'; :")
         assert seen.output.split() == ["0"]
 
@@ -49,3 +51,7 @@ async def _worker(server: Server) -> int:
     (worker,) = status["workers"]
     assert all(device["connections"] == 1 for device in status["devices"])
     return int(worker["pid"])
+
+
+def _arguments(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")

@@ -58,8 +58,10 @@ def vdev_parser() -> Parser:
         ("doctor", "what this host can do, what it lacks, how to get it", _add_doctor),
     ):
         add(name, **_described(text), fill=fill)
-    # Without a help text, it is not listed: what servers start their workers by.
+    # Without a help text, they are not listed: what servers start their workers by, and a
+    # supervisor its next program.
     add("worker", fill=_add_worker)
+    add("supervisor", fill=_add_supervisor)
     return parser
 
 
@@ -149,6 +151,12 @@ def _add_upgrade(parser: Parser) -> None:
 def _add_worker(parser: Parser) -> None:
     parser.add_argument("fd", type=int)
     parser.set_defaults(run=command("vdev.cli.serve", "worker"))
+
+
+def _add_supervisor(parser: Parser) -> None:
+    parser.add_argument("fd", type=int)
+    parser.add_argument("--attempt", type=int)
+    parser.set_defaults(run=command("vdev.cli.serve", "supervisor"))
 
 
 def _add_doctor(parser: Parser) -> None:

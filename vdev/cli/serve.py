@@ -17,8 +17,8 @@ from vdev.server.listener import Endpoint
 from vdev.server.orders import Orders
 from vdev.server.service import Service
 
-COMMAND = (sys.executable, "-P", "-m", "vdev", "worker")
-"""Starts a worker; whatever is called vdev in the current folder is not what serves."""
+PROGRAM = (sys.executable, "-P", "-m", "vdev")
+"""This vdev; whatever is called vdev in the current folder is not what serves."""
 
 
 def blk(arguments: Namespace) -> int:
@@ -54,14 +54,14 @@ def config(arguments: Namespace) -> int:
     """``vdev serve CONFIG.toml``."""
     from vdev.config import load_config
     from vdev.server.devices import device_specs
-    from vdev.server.supervisor import Supervisor, WorkerFailed
+    from vdev.server.supervisor import Supervisor
 
     wanted = load_config(arguments.config)
 
     async def work() -> None:
         supervisor = Supervisor(
             device_specs(wanted),
-            COMMAND,
+            PROGRAM,
             isolate=arguments.isolate,
             control=wanted.server.control,
             iothreads=wanted.server.iothreads,
@@ -70,11 +70,20 @@ def config(arguments: Namespace) -> int:
         )
         await supervisor.run()
 
-    try:
-        return run_on_loop("asyncio", work)
-    except WorkerFailed as error:
-        # It has said why.
-        return EXIT_USER_ERROR if error.code == EXIT_USER_ERROR else EXIT_FAILED
+    return _supervise(work)
+
+
+def supervisor(arguments: Namespace) -> int:
+    """``vdev supervisor FD``, which is not for users."""
+    from vdev.server import reexec
+    from vdev.server.supervisor import Supervisor
+
+    async def work() -> None:
+        if arguments.attempt is not None:
+            await reexec.answer_attempt(arguments.attempt, arguments.fd, Supervisor.restore)
+        await Supervisor.restore(reexec.read(arguments.fd)).run()
+
+    return _supervise(work)
 
 
 def worker(arguments: Namespace) -> int:
@@ -82,7 +91,7 @@ def worker(arguments: Namespace) -> int:
     from vdev.server.worker import work
 
     orders = Orders.read(arguments.fd)
-    return run_on_loop(orders.loop, lambda: work(orders, COMMAND))
+    return run_on_loop(orders.loop, lambda: work(orders, PROGRAM))
 
 
 def _serve_one(arguments: Namespace, kind: str, **device: Any) -> int:
@@ -94,11 +103,21 @@ def _serve_one(arguments: Namespace, kind: str, **device: Any) -> int:
         devices = serve_devices(
             [(spec, _endpoint(arguments))], iothreads=orders.iothreads, poll_us=orders.poll_us
         )
-        await Service(control=arguments.control or True, orders=orders, command=COMMAND).run(
+        await Service(control=arguments.control or True, orders=orders, program=PROGRAM).run(
             devices
         )
 
     return run_on_loop(arguments.loop, work)
+
+
+def _supervise(work: Callable[[], Coroutine[Any, Any, None]]) -> int:
+    from vdev.server.supervisor import WorkerFailed
+
+    try:
+        return run_on_loop("asyncio", work)
+    except WorkerFailed as error:
+        # It has said why.
+        return EXIT_USER_ERROR if error.code == EXIT_USER_ERROR else EXIT_FAILED
 
 
 def run_on_loop(loop: str, work: Callable[[], Coroutine[Any, Any, None]]) -> int:

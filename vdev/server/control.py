@@ -23,14 +23,14 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from vdev.descriptors import Descriptors
 from vdev.errors import PeerError, UserError, VdevError
 from vdev.runtime import runtime_dir
-from vdev.server.lines import MAX_FDS, MAX_LINE, LineSocket, close_fds
+from vdev.server.lines import MAX_FDS, MAX_LINE, LineSocket, close_fds, readable
 
 _UCRED = struct.Struct("iII")
 _ACCEPT_AGAIN = 1.0
@@ -42,9 +42,11 @@ class Request(dict[str, Any]):
 
     fds: the descriptors that came along, by name.  They are closed when the handler returns, who
     duplicates what it keeps.
+    peer: who asked.
     """
 
     fds: Mapping[str, int]
+    peer: LineSocket
 
 
 Handler = Callable[[Request], Awaitable[Any]]
@@ -81,17 +83,24 @@ def default_path(name: str | None = None) -> Path:
 
 
 class ControlSocket(NamedTuple):
-    """A control socket that another process has made. by_pid: it is named after that process."""
+    """A control socket that another program has made. by_pid: it is named after that process.
+
+    connections: who is connected to it, each with the answer that it waits for, if it does.
+    """
 
     path: Path
     by_pid: bool
     sock: socket.socket
+    connections: Sequence[tuple[LineSocket, dict[str, Any] | None]] = ()
 
     @classmethod
     def restore(cls, state: dict[str, Any], fds: Descriptors) -> Self:
-        """What `ControlServer.save` gave."""
+        """What `ControlServer.save` gave, with what `save_connections` gave as "connections"."""
         sock = socket.socket(fileno=fds.take(state["socket"]))
-        return cls(Path(state["path"]), bool(state["by_pid"]), sock)
+        connections = [
+            (LineSocket.restore(one, fds), one["answer"]) for one in state.get("connections", ())
+        ]
+        return cls(Path(state["path"]), bool(state["by_pid"]), sock, connections)
 
     def server(self, handlers: Mapping[str, Handler]) -> ControlServer:
         """Answers there instead, named after this process."""
@@ -100,24 +109,30 @@ class ControlSocket(NamedTuple):
             path = path.with_name(f"{os.getpid()}.sock")
             with contextlib.suppress(OSError):
                 self.path.rename(path)
-        return ControlServer(path, handlers, self.sock)
+        return ControlServer(path, handlers, self.sock, self.connections)
 
 
 class ControlServer:
     """Answers commands on a control socket; ``handlers`` has a coroutine function a command.
 
     A handler gets the whole request and returns what JSON can carry; a VdevError of its becomes
-    the error line.  ``sock``: listens at ``path`` already; the server's from now on.
+    the error line.  ``sock``: listens at ``path`` already, ``connections`` are those to it; the
+    server's from now on.
     """
 
     def __init__(
-        self, path: Path, handlers: Mapping[str, Handler], sock: socket.socket | None = None
+        self,
+        path: Path,
+        handlers: Mapping[str, Handler],
+        sock: socket.socket | None = None,
+        connections: Sequence[tuple[LineSocket, dict[str, Any] | None]] = (),
     ) -> None:
         self.path = path
         self._handlers = handlers
         self._sock = sock
         self._listener: asyncio.Task[None] | None = None
-        self._connections: set[asyncio.Task[None]] = set()
+        self._inherited = connections
+        self._connections: dict[asyncio.Task[None], LineSocket] = {}
 
     async def start(self) -> None:
         """Bind and listen.  Raises UserError where the socket cannot be made."""
@@ -131,6 +146,8 @@ class ControlServer:
                 raise UserError(f"control socket {self.path}: {reason}") from None
             self._sock.listen()
         self._sock.setblocking(False)
+        for peer, answer in self._inherited:
+            self._connect(peer, answer)
         self._listener = asyncio.ensure_future(self._listen(self._sock))
 
     def save(self, fds: Descriptors) -> dict[str, Any]:
@@ -138,6 +155,21 @@ class ControlServer:
         assert self._sock is not None
         by_pid = self.path.name == f"{os.getpid()}.sock"
         return {"path": str(self.path), "by_pid": by_pid, "socket": fds.put(self._sock.fileno())}
+
+    def is_idle(self, peer: LineSocket) -> bool:
+        """Whether nobody but `peer` is being answered."""
+        return all(other.idle for other in self._connections.values() if other is not peer)
+
+    def save_connections(
+        self, fds: Descriptors, peer: LineSocket, result: Any
+    ) -> list[dict[str, Any]]:
+        """The connections that are idle, and that of `peer`, who is owed that result."""
+        answer = {"ok": True, "result": result}
+        return [
+            {**other.save(fds), "answer": answer if other is peer else None}
+            for other in self._connections.values()
+            if other.idle or other is peer
+        ]
 
     async def let_go(self) -> None:
         """Take no more connections: those that come are another process's."""
@@ -161,25 +193,31 @@ class ControlServer:
         await asyncio.gather(*waiting, return_exceptions=True)
 
     async def _listen(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         with listener:
             while True:
+                await readable(listener)
                 try:
-                    sock, _ = await loop.sock_accept(listener)
-                except ConnectionError:
+                    sock, _ = listener.accept()
+                except (BlockingIOError, ConnectionError):
                     continue
                 except OSError:
                     await self._rest()
                     continue
-                task = asyncio.ensure_future(self._serve(LineSocket(sock)))
-                self._connections.add(task)
-                task.add_done_callback(self._connections.discard)
+                self._connect(LineSocket(sock))
+
+    def _connect(self, peer: LineSocket, answer: dict[str, Any] | None = None) -> None:
+        peer.idle = answer is None
+        task = asyncio.ensure_future(self._serve(peer, answer))
+        self._connections[task] = peer
+        task.add_done_callback(self._connections.pop)
 
     async def _rest(self) -> None:
         await asyncio.sleep(_ACCEPT_AGAIN)
 
-    async def _serve(self, peer: LineSocket) -> None:
+    async def _serve(self, peer: LineSocket, answer: dict[str, Any] | None) -> None:
         try:
+            if answer is not None:
+                await _send(peer, answer)
             if _peer_uid(peer.sock) in (os.geteuid(), 0):
                 await answer_requests(peer, self._handlers)
         except (OSError, asyncio.CancelledError):
@@ -200,7 +238,7 @@ async def answer_requests(peer: LineSocket, handlers: Mapping[str, Handler]) -> 
             return
         line, fds = received
         try:
-            answer = await _answer(handlers, line, fds)
+            answer = await _answer(handlers, peer, line, fds)
         finally:
             close_fds(fds)
         stream = answer["result"] if isinstance(answer.get("result"), Stream) else None
@@ -210,7 +248,9 @@ async def answer_requests(peer: LineSocket, handlers: Mapping[str, Handler]) -> 
             return
 
 
-async def _answer(handlers: Mapping[str, Handler], line: bytes, fds: list[int]) -> dict[str, Any]:
+async def _answer(
+    handlers: Mapping[str, Handler], peer: LineSocket, line: bytes, fds: list[int]
+) -> dict[str, Any]:
     try:
         asked = json.loads(line)
         command = asked["command"]
@@ -221,6 +261,7 @@ async def _answer(handlers: Mapping[str, Handler], line: bytes, fds: list[int]) 
     if not _are_names(names) or len(names) != len(fds):
         return _not_a_request(f"{len(fds)} descriptors came along, named {names!r:.80}")
     request.fds = dict(zip(names, fds, strict=True))
+    request.peer = peer
     handler = handlers.get(command) if isinstance(command, str) else None
     if handler is None:
         known = ", ".join(sorted(handlers))

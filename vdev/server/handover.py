@@ -134,7 +134,7 @@ async def succession(
         try:
             servers = await _take_over(inheritance, specs, stack, options)
         except BaseException as error:
-            await _refuse(inheritance.passage, error)
+            await refuse(inheritance.passage, error)
         for server in servers:
             stack.push_async_callback(server.close)
             await server.start()
@@ -194,8 +194,8 @@ class _Gate:
         self._opened.set()
 
 
-async def _refuse(passage: Passage, error: BaseException) -> NoReturn:
-    """Says why, there and here."""
+async def refuse(passage: Passage, error: BaseException) -> NoReturn:
+    """Says why, there and here, and ends the process."""
     if isinstance(error, VdevError):
         why = str(error)
     else:

@@ -14,7 +14,9 @@ import contextlib
 import os
 import socket
 from collections.abc import Iterable
+from typing import Any, Self
 
+from vdev.descriptors import Descriptors
 from vdev.errors import PeerError
 
 MAX_LINE = 1 << 16
@@ -27,15 +29,35 @@ _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * _FD_SIZE)
 
 
 class LineSocket:
-    """Lines in, bytes out; owns the socket. One task reads and writes it."""
+    """Lines in, bytes out; owns the socket. One task reads and writes it.
+
+    idle: whether it waits for a line; `save` loses nothing then.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self.sock = sock
+        self.idle = True
         self._loop = asyncio.get_running_loop()
         self._bytes = bytearray()
         self._fds: list[int] = []
         self._writer: asyncio.StreamWriter | None = None
+
+    def save(self, fds: Descriptors) -> dict[str, Any]:
+        """The socket, and what has come and was not read yet, for `restore` in another program."""
+        return {
+            "socket": fds.put(self.sock.fileno()),
+            "bytes": self._bytes.hex(),
+            "fds": [fds.put(fd) for fd in self._fds],
+        }
+
+    @classmethod
+    def restore(cls, state: dict[str, Any], fds: Descriptors) -> Self:
+        """What `save` gave."""
+        peer = cls(socket.socket(fileno=fds.take(state["socket"])))
+        peer._bytes += bytes.fromhex(state["bytes"])
+        peer._fds += [fds.take(place) for place in state["fds"]]
+        return peer
 
     async def line(self) -> tuple[bytes, list[int]] | None:
         """The next line and its descriptors, which are then the caller's; None at the end.
@@ -43,11 +65,15 @@ class LineSocket:
         Raises PeerError where it is too long, brings too many descriptors or does not come to its
         end, OSError where the connection fails; nothing can be read afterwards.
         """
-        while (end := self._bytes.find(b"\n")) < 0:
-            if len(self._bytes) > MAX_LINE:
-                raise PeerError(f"a line of more than {MAX_LINE} bytes")
-            if not await self._receive():
-                return None
+        self.idle = True
+        try:
+            while (end := self._bytes.find(b"\n")) < 0:
+                if len(self._bytes) > MAX_LINE:
+                    raise PeerError(f"a line of more than {MAX_LINE} bytes")
+                if not await self._receive():
+                    return None
+        finally:
+            self.idle = False
         line, fds = bytes(self._bytes[: end + 1]), self._fds
         del self._bytes[: end + 1]
         self._fds = []
@@ -69,6 +95,7 @@ class LineSocket:
 
     async def close(self) -> None:
         """Closes the socket, and the descriptors of a line that never became whole."""
+        self.idle = False
         close_fds(self._fds)
         self._fds = []
         if self._writer is None:
@@ -88,7 +115,7 @@ class LineSocket:
                 )
                 break
             except BlockingIOError:
-                await self._wait_readable()
+                await readable(self.sock, STALL if self._bytes or self._fds else None)
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds = array.array("i")
@@ -101,17 +128,22 @@ class LineSocket:
         self._bytes += data
         return bool(data)
 
-    async def _wait_readable(self) -> None:
-        ready: asyncio.Future[None] = self._loop.create_future()
-        inside = self._bytes or self._fds
-        timer = self._loop.call_later(STALL, _stalled, ready) if inside else None
-        self._loop.add_reader(self.sock.fileno(), _wake, ready)
-        try:
-            await ready
-        finally:
-            self._loop.remove_reader(self.sock.fileno())
-            if timer is not None:
-                timer.cancel()
+
+async def readable(sock: socket.socket, stall: float | None = None) -> None:
+    """Returns when there is something to read, or to accept, which nobody has taken from it.
+
+    Raises PeerError after `stall` seconds without.
+    """
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+    timer = loop.call_later(stall, _stalled, ready) if stall is not None else None
+    loop.add_reader(sock.fileno(), _wake, ready)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(sock.fileno())
+        if timer is not None:
+            timer.cancel()
 
 
 def close_fds(fds: Iterable[int]) -> None:

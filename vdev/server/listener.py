@@ -259,9 +259,7 @@ class _PathListener(_Listener):
     @classmethod
     def restored(cls, state: dict[str, Any], fds: Descriptors) -> Endpoint:
         listener = cls(state["name"])
-        device, inode = state["identity"]
-        sock = _adopt(fds.take(state["socket"]))
-        listener._place = SocketPath.made(state["name"], sock, (int(device), int(inode)))
+        listener._place = SocketPath.restore(state["name"], state, fds)
         listener._restore_waiting(state, fds)
         return listener
 

@@ -16,7 +16,8 @@ from vdev.server.child import Child
 from vdev.server.devices import DeviceSpec
 
 FORMAT = 1
-"""Of orders and of what comes through a passage: another one is not understood."""
+"""Of orders, of what comes through a passage, and of what a supervisor leaves to the next program:
+another one is not understood."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,13 @@ class Orders:
         devices = [DeviceSpec(**device) for device in found.pop("devices")]
         return cls(devices=devices, **found)
 
-    def give(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> Child:
-        """Starts `command`, with a descriptor of these orders as its last argument.
+    def give(self, program: Sequence[str], env: Mapping[str, str] | None = None) -> Child:
+        """Starts `program` as a worker that has these orders.
 
         Raises UserError where there is no such program.
         """
         orders = self.write()
         try:
-            return Child([*command, str(orders)], [*self.inherited, orders], env)
+            return Child.start([*program, "worker", str(orders)], [*self.inherited, orders], env)
         finally:
             os.close(orders)

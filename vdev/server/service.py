@@ -54,8 +54,7 @@ class Service:
 
     ``control``: see `controlled`; or the connection to a `Supervisor`, whose end is that of the
     service too.  ``orders``: to serve the same devices, for a process that takes them over;
-    ``command``: starts one, with the descriptor of its orders as the last argument.  ``ready``:
-    called when everything serves.
+    ``program``: the vdev that it runs.  ``ready``: called when everything serves.
     """
 
     def __init__(
@@ -63,13 +62,13 @@ class Service:
         *,
         control: Control | socket.socket = True,
         orders: Orders | None = None,
-        command: Sequence[str] = (),
+        program: Sequence[str] = (),
         ready: Callable[[], object] = _say_ready,
     ) -> None:
         self._control = control
         self._controller: ControlServer | None = None
         self._orders = orders
-        self._command = command
+        self._program = program
         self._ready = ready
         self._moving = asyncio.Lock()
         self._servers: dict[str, DeviceServer] = {}
@@ -159,7 +158,7 @@ class Service:
         A supervisor starts the other process itself, and brings the "passage" to it along, and
         a descriptor of it, the "successor".
         """
-        command, patience = program_of(request, self._command), patience_of(request)
+        program, patience = program_of(request, self._program), patience_of(request)
         if self._moving.locked():
             raise UserError("another process is taking over already")
         await self._moving.acquire()
@@ -170,7 +169,7 @@ class Service:
                 with contextlib.closing(Passage(sock)) as passage:
                     result = {"pause_ms": await self._hand_over(passage, end, patience)}
             else:
-                result = await self._start_successor(command, patience)
+                result = await self._start_successor(program, patience)
         except BaseException:
             self._moving.release()
             raise
@@ -180,14 +179,14 @@ class Service:
         asyncio.get_running_loop().call_later(_ANSWER_SECONDS, leave, 0)
         return Stream(_leave, result)
 
-    async def _start_successor(self, command: Sequence[str], patience: float) -> dict[str, float]:
+    async def _start_successor(self, program: Sequence[str], patience: float) -> dict[str, float]:
         if self._orders is None:
             raise UserError("this server cannot be replaced while it runs")
         ours, theirs = Passage.pair()
         with contextlib.closing(Passage(ours)) as passage:
             with theirs:
                 orders = replace(self._orders, passage=theirs.fileno())
-                process = orders.give(command)
+                process = orders.give(program)
 
             async def end() -> None:
                 process.kill()
@@ -246,14 +245,14 @@ class Service:
         return devices[name]
 
 
-def program_of(request: Request, command: Sequence[str]) -> Sequence[str]:
-    """The command of the program that is asked for, `command` without one. Raises UserError."""
+def program_of(request: Request, ours: Sequence[str]) -> Sequence[str]:
+    """The vdev that is asked for, `ours` without one. Raises UserError."""
     program = request.get("program")
     if program is None:
-        return command
+        return ours
     if not isinstance(program, str) or not os.path.isabs(program):
         raise UserError(f"program {program!r}: the absolute path of a vdev program")
-    return (program, "worker")
+    return (program,)
 
 
 def patience_of(request: Request) -> float:

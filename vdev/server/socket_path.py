@@ -8,7 +8,9 @@ import fcntl
 import os
 import socket
 import stat
+from typing import Any
 
+from vdev.descriptors import Descriptors
 from vdev.errors import UserError
 
 BACKLOG = 128
@@ -37,11 +39,18 @@ class SocketPath:
         found = os.stat(path)
         self.identity = (found.st_dev, found.st_ino)
 
+    def save(self, fds: Descriptors) -> dict[str, Any]:
+        """For `restore` in another process, or after an exec."""
+        return {"socket": fds.put(self.sock.fileno()), "identity": self.identity}
+
     @classmethod
-    def made(cls, path: str, sock: socket.socket, identity: tuple[int, int]) -> SocketPath:
-        """One that another process made."""
+    def restore(cls, path: str, state: dict[str, Any], fds: Descriptors) -> SocketPath:
+        """What `save` gave."""
         place = cls.__new__(cls)
-        place._path, place.sock, place.identity = path, sock, identity
+        place._path = path
+        place.sock = socket.socket(fileno=fds.take(state["socket"]))
+        device, inode = state["identity"]
+        place.identity = (int(device), int(inode))
         return place
 
     def remove(self) -> None:

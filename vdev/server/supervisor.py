@@ -11,39 +11,45 @@ A worker that does not last is not started at once again, but after a time that 
 front-ends are turned away, rather than left without an answer.
 
 Rule: a worker that never served is the user's mistake, and ends the whole.
+
+An upgrade replaces the workers, one after another, and then the supervisor itself (`reexec`), whose
+process and sockets stay.  The next program takes over between two requests: nothing is being asked
+of a worker, nor answered to anyone but who asked for the upgrade, and it is the next one that
+answers that.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
-import random
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NoReturn, Self
 
 import vdev
+from vdev.descriptors import Descriptors
 from vdev.errors import UserError, VdevError
-from vdev.server.child import Child
-from vdev.server.control import Request
+from vdev.server import reexec
+from vdev.server.control import ControlServer, ControlSocket, Request
 from vdev.server.devices import DeviceSpec
 from vdev.server.notify import notify
 from vdev.server.orders import Orders
 from vdev.server.passage import Passage
-from vdev.server.service import controlled, patience_of, program_of
-from vdev.server.signals import on_signals
+from vdev.server.service import Control, controlled, patience_of, program_of
+from vdev.server.signals import held_back, on_signals
 from vdev.server.socket_path import SocketPath
+from vdev.server.supervised import Process, Worker, turned_away
 
 _log = logging.getLogger("vdev.supervisor")
-_MAX_ANSWER = 1 << 26
 _SUCCESSOR_WAITS = 10.0
 """Seconds that what a killed worker has under way may take to end."""
+_TURN = 0.001
+"""Seconds in which the event loop sees what has come before."""
 
 
 @dataclass(frozen=True)
@@ -70,86 +76,75 @@ class WorkerFailed(VdevError):
         self.code = code
 
 
-@dataclass(frozen=True)
-class _Process:
-    """One that serves. channel: our end, of which the reader and writer are."""
-
-    process: Child
-    channel: socket.socket
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-
-
-@dataclass
-class _Worker:
-    """Those that serve `devices`, one after another; one of them is alive, or none."""
-
-    devices: list[DeviceSpec]
-    sockets: list[socket.socket]
-    succession: int = field(default_factory=lambda: random.getrandbits(60))
-    running: _Process | None = None
-    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
-    moving: asyncio.Lock = field(default_factory=asyncio.Lock)
-    served: bool = False
-    restarts: int = 0
-
-    @property
-    def names(self) -> str:
-        return ", ".join(device.name for device in self.devices)
-
-    async def ask(
-        self, command: str, *, fds: Mapping[str, int] | None = None, **arguments: Any
-    ) -> Any:
-        """What it answers. Raises UserError where it refuses, ConnectionError where it is gone."""
-        asked = {"command": command, **arguments, "fds": list(fds or ())}
-        line = json.dumps(asked).encode() + b"\n"
-        async with self.asking:
-            if (running := self.running) is None:
-                raise ConnectionError
-            try:
-                # Nothing else is on its way, so a line goes at once.
-                socket.send_fds(running.channel, [line], list((fds or {}).values()))
-            except OSError:
-                raise ConnectionError from None
-            line = await running.reader.readline()
-        if not line:
-            raise ConnectionError
-        answer = json.loads(line)
-        if not answer["ok"]:
-            raise UserError(answer["error"])
-        return answer["result"]
-
-
 class Supervisor:
     """Serves `devices` in workers: in one, or isolated, in one for each.
 
-    command: starts a worker, with the descriptor of its orders as the last argument.  control: see
-    `controlled`.
+    program: the vdev that it runs.  control: see `controlled`.
     """
 
     def __init__(
         self,
         devices: Sequence[DeviceSpec],
-        command: Sequence[str],
+        program: Sequence[str],
         *,
         isolate: bool = False,
-        control: str | bool = True,
+        control: Control = True,
         iothreads: int = 1,
         poll_us: int = 32,
         loop: str = "uvloop",
         patience: Patience | None = None,
     ) -> None:
         self._devices = devices
-        self._command = command
+        self._program = program
         self._isolate = isolate
         self._control = control
         self._iothreads = iothreads
         self._poll_us = poll_us
         self._loop = loop
         self._patience = patience or Patience()
-        self._workers: list[_Worker] = []
+        self._workers: list[Worker] = []
+        self._controller: ControlServer | None = None
+        self._upgrading = asyncio.Lock()
         self._stop = asyncio.Event()
         self._started = time.monotonic()
+
+    def _save(self, request: Request, program: Sequence[str], result: Any) -> reexec.Left:
+        """All that `program` needs to go on in our place, and to answer the request."""
+        assert self._controller is not None
+        fds = Descriptors()
+        state = {
+            "program": list(program),
+            "iothreads": self._iothreads,
+            "poll_us": self._poll_us,
+            "loop": self._loop,
+            "patience": asdict(self._patience),
+            "started": self._started,
+            "control": {
+                **self._controller.save(fds),
+                "connections": self._controller.save_connections(fds, request.peer, result),
+            },
+            "workers": [worker.save(fds) for worker in self._workers],
+        }
+        return reexec.Left(state, fds)
+
+    @classmethod
+    def restore(cls, left: reexec.Left) -> Self:
+        """What the last program of this process has left; `run` goes on with it."""
+        state, fds = left
+        workers = [Worker.restore(worker, fds) for worker in state["workers"]]
+        supervisor = cls(
+            [device for worker in workers for device in worker.devices],
+            state["program"],
+            control=ControlSocket.restore(state["control"], fds),
+            iothreads=state["iothreads"],
+            poll_us=state["poll_us"],
+            loop=state["loop"],
+            patience=Patience(**state["patience"]),
+        )
+        supervisor._workers = workers
+        supervisor._started = state["started"]
+        fds.close()
+        return supervisor
 
     async def run(self) -> None:
         """Serves until SIGTERM, SIGINT, SIGHUP, the command "stop", or all workers were ended.
@@ -157,11 +152,16 @@ class Supervisor:
         Raises UserError where a socket cannot be had, WorkerFailed where a worker cannot serve.
         """
         with on_signals(self._stop.set), contextlib.ExitStack() as stack:
-            sockets = [_listen(device.socket, stack) for device in self._devices]
-            served = list(zip(self._devices, sockets, strict=True))
-            groups = [[one] for one in served] if self._isolate else [served]
-            self._workers = [_Worker([d for d, _ in g], [s for _, s in g]) for g in groups]
-            async with controlled(self._control, self._handlers()):
+            if not self._workers:
+                served = [(d, _kept(SocketPath(d.socket), stack)) for d in self._devices]
+                groups = [[one] for one in served] if self._isolate else [served]
+                self._workers = [Worker([d for d, _ in g], [p for _, p in g]) for g in groups]
+            else:
+                for worker in self._workers:
+                    for place in worker.places:
+                        _kept(place, stack)
+                    await worker.resume()
+            async with controlled(self._control, self._handlers()) as self._controller:
                 await self._keep_all()
             notify("STOPPING=1")
 
@@ -175,17 +175,15 @@ class Supervisor:
         finally:
             self._stop.set()
             for worker in self._workers:
-                _terminate(worker)
+                worker.terminate()
             outcomes = await asyncio.gather(*keeping, *ends, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
 
-    async def _keep(self, worker: _Worker) -> None:
+    async def _keep(self, worker: Worker) -> None:
         """Starts it, again and again; returns when it has ended as it was told to."""
-        delay: float | None = None
-        while not self._stop.is_set():
-            began = time.monotonic()
+        while worker.running is not None or not self._stop.is_set():
             code = await self._run_once(worker)
             if code == 0:
                 return
@@ -193,41 +191,47 @@ class Supervisor:
                 return  # it had not begun to serve
             if not worker.served:
                 raise WorkerFailed(code)
-            delay = self._patience.next(delay, time.monotonic() - began)
+            delay = self._patience.next(worker.delay, time.monotonic() - worker.began)
+            worker.delay = delay
             worker.restarts += 1
             when = f"again in {delay:g} s, as it does not last" if delay else "again"
             _log.error("the worker of %s %s: it is started %s", worker.names, _end(code), when)
-            async with _turned_away(worker.sockets if delay else []):
+            async with turned_away(worker.sockets if delay else []):
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stop.wait(), delay)
 
-    async def _run_once(self, worker: _Worker) -> int:
+    async def _run_once(self, worker: Worker) -> int:
         """The exit code of one worker, or of the last that took over from it; or its signal as a
         negative number."""
+        async with worker.moving:
+            running = worker.running or await self._start_first(worker)
+        if self._stop.is_set():
+            worker.terminate()
+        with contextlib.suppress(OSError):
+            await worker.ask("status")
+            self._has_begun(worker)
+        while True:
+            await running.child.ended()
+            async with worker.moving:
+                if worker.running is running:
+                    worker.running = None
+                    running.writer.close()
+                    return running.child.reap()
+                assert worker.running is not None
+                running = worker.running
+
+    async def _start_first(self, worker: Worker) -> Process:
+        """One that nobody is there to hand over to."""
         orders = replace(
             self._orders(worker),
             fds=[sock.fileno() for sock in worker.sockets],
             patience=_SUCCESSOR_WAITS if worker.served else 0.0,
         )
-        running = worker.running = await self._start(orders, self._command)
-        if self._stop.is_set():
-            _terminate(worker)
-        try:
-            with contextlib.suppress(OSError):
-                await worker.ask("status")
-                self._has_begun(worker)
-            while True:
-                code = await running.process.wait()
-                async with worker.moving:
-                    if worker.running is running:
-                        return code
-                    running.writer.close()
-                    running = worker.running
-        finally:
-            worker.running = None
-            running.writer.close()
+        worker.began = time.monotonic()
+        worker.running = await self._start(orders, self._program)
+        return worker.running
 
-    def _orders(self, worker: _Worker) -> Orders:
+    def _orders(self, worker: Worker) -> Orders:
         return Orders(
             worker.devices,
             self._iothreads,
@@ -236,20 +240,19 @@ class Supervisor:
             succession=worker.succession,
         )
 
-    async def _start(self, orders: Orders, command: Sequence[str]) -> _Process:
+    async def _start(self, orders: Orders, program: Sequence[str]) -> Process:
         """A process with these orders, and a channel to it."""
         ours, theirs = socket.socketpair()
         try:
             with theirs:
                 env = {key: value for key, value in os.environ.items() if key != "NOTIFY_SOCKET"}
-                process = replace(orders, channel=theirs.fileno()).give(command, env)
+                child = replace(orders, channel=theirs.fileno()).give(program, env)
         except BaseException:
             ours.close()
             raise
-        streams = await asyncio.open_unix_connection(sock=ours, limit=_MAX_ANSWER)
-        return _Process(process, ours, *streams)
+        return await Process.open(child, ours)
 
-    def _has_begun(self, worker: _Worker) -> None:
+    def _has_begun(self, worker: Worker) -> None:
         before = all(worker.served for worker in self._workers)
         worker.served = True
         if not before and all(worker.served for worker in self._workers):
@@ -268,7 +271,7 @@ class Supervisor:
 
     async def status(self, _request: Request) -> dict[str, Any]:
         """The command "status": as of one server, and each worker's process."""
-        answers = await asyncio.gather(*(_status(worker) for worker in self._workers))
+        answers = await asyncio.gather(*(worker.status() for worker in self._workers))
         return {
             "pid": os.getpid(),
             "version": vdev.__version__,
@@ -277,7 +280,7 @@ class Supervisor:
             "devices": [device for answer in answers for device in answer["devices"]],
             "workers": [
                 {
-                    "pid": worker.running.process.pid if worker.running is not None else None,
+                    "pid": worker.running.child.pid if worker.running is not None else None,
                     "devices": [device.name for device in worker.devices],
                     "restarts": worker.restarts,
                 }
@@ -289,25 +292,59 @@ class Supervisor:
         """The command "stop": as SIGTERM does."""
         self._stop.set()
 
-    async def upgrade(self, request: Request) -> dict[str, Any]:
-        """The command "upgrade": as of one server, for each worker, one after another.
+    async def upgrade(self, request: Request) -> NoReturn:
+        """The command "upgrade": as of one server, for each worker, one after another; then for
+        this program, and it is the next one that answers."""
+        program, patience = program_of(request, self._program), patience_of(request)
+        if self._upgrading.locked():
+            raise UserError("another program is taking over already")
+        async with self._upgrading:
+            try:
+                # At first, too: a program that cannot go on is to change nothing.
+                await reexec.attempt(program, self._save(request, program, None), patience)
+            except UserError as error:
+                raise UserError(f"{error}; this server goes on") from None
+            pauses = [await self._replace(worker, program, patience) for worker in self._workers]
+            self._program = program
+            result = {"pid": os.getpid(), "pause_ms": max(pauses)}
+            try:
+                await reexec.attempt(program, self._save(request, program, None), patience)
+                await self._become(request, program, result, patience)
+            except UserError as error:
+                raise UserError(
+                    f"{error}; this supervisor goes on, with workers of the new program"
+                ) from None
 
-        The workers that start from now on are of that program, too.
-        """
-        command, patience = program_of(request, self._command), patience_of(request)
-        pauses = [await self._replace(worker, command, patience) for worker in self._workers]
-        self._command = command
-        return {"pid": os.getpid(), "pause_ms": max(pauses)}
+    async def _become(
+        self, request: Request, program: Sequence[str], result: Any, patience: float
+    ) -> NoReturn:
+        """`reexec.become`, as soon as nothing is under way. Raises UserError."""
+        assert self._controller is not None
+        try:
+            async with asyncio.timeout(patience):
+                while True:
+                    async with contextlib.AsyncExitStack() as stack:
+                        for worker in self._workers:
+                            await stack.enter_async_context(worker.moving)
+                        with held_back():
+                            await asyncio.sleep(_TURN)  # those that have come are noticed
+                            if self._stop.is_set():
+                                raise UserError("the server is being ended")
+                            workers_idle = all(worker.is_idle for worker in self._workers)
+                            if workers_idle and self._controller.is_idle(request.peer):
+                                reexec.become(program, self._save(request, program, result))
+        except TimeoutError:
+            raise UserError("a worker, or another command, is busy for too long") from None
 
-    async def _replace(self, worker: _Worker, command: Sequence[str], patience: float) -> float:
+    async def _replace(self, worker: Worker, program: Sequence[str], patience: float) -> float:
         async with worker.moving:
             ours, theirs = Passage.pair()
             with ours, theirs:
                 orders = replace(self._orders(worker), passage=theirs.fileno())
-                successor = await self._start(orders, command)
+                successor = await self._start(orders, program)
                 theirs.close()
                 try:
-                    watched = successor.process.watch()
+                    watched = successor.child.watch()
                     try:
                         fds = {"passage": ours.fileno(), "successor": watched}
                         answer = await worker.ask("upgrade", fds=fds, timeout=patience)
@@ -315,14 +352,17 @@ class Supervisor:
                         os.close(watched)
                 except BaseException as error:
                     successor.writer.close()
-                    successor.process.kill()
-                    await successor.process.wait()
+                    successor.child.kill()
+                    await successor.child.wait()
                     if isinstance(error, ConnectionError):
                         raise UserError(f"the worker of {worker.names} has ended") from None
                     raise
-            worker.running = successor
+            last, worker.running = worker.running, successor
             if self._stop.is_set():
-                _terminate(worker)
+                worker.terminate()
+            assert last is not None
+            await last.child.wait()
+            last.writer.close()
             return float(answer["pause_ms"])
 
     async def resize(self, request: Request) -> Any:
@@ -349,54 +389,12 @@ class Supervisor:
         raise UserError(f"device {name!r} is no {what} of this server: {names}")
 
 
-async def _status(worker: _Worker) -> dict[str, Any]:
-    try:
-        answer: dict[str, Any] = await worker.ask("status")
-    except ConnectionError:
-        devices = [
-            {
-                "name": d.name,
-                "kind": d.kind,
-                "socket": d.socket,
-                "state": "restarting",
-                "stats": None,
-            }
-            for d in worker.devices
-        ]
-        return {"iothreads": [], "devices": devices}
-    return answer
-
-
-def _listen(path: str, stack: contextlib.ExitStack) -> socket.socket:
-    place = SocketPath(path)
+def _kept(place: SocketPath, stack: contextlib.ExitStack) -> SocketPath:
+    """Until the end of `stack`, when it is removed."""
     stack.callback(place.sock.close)
     stack.callback(place.remove)
-    return place.sock
-
-
-def _terminate(worker: _Worker) -> None:
-    if worker.running is not None:
-        worker.running.process.terminate()
+    return place
 
 
 def _end(code: int) -> str:
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-
-
-@contextlib.asynccontextmanager
-async def _turned_away(sockets: Sequence[socket.socket]) -> AsyncIterator[None]:
-    """Whoever connects meanwhile is hung up on, and may try again."""
-    loop = asyncio.get_running_loop()
-
-    def turn_away(sock: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            sock.accept()[0].close()
-
-    for sock in sockets:
-        sock.setblocking(False)
-        loop.add_reader(sock.fileno(), turn_away, sock)
-    try:
-        yield
-    finally:
-        for sock in sockets:
-            loop.remove_reader(sock.fileno())

@@ -18,8 +18,8 @@ from vdev.server.passage import Passage
 from vdev.server.service import Service
 
 
-async def work(orders: Orders, command: Sequence[str]) -> None:
-    """Carries them out, until it is told to end; command: see `Service`. Raises UserError."""
+async def work(orders: Orders, program: Sequence[str]) -> None:
+    """Carries them out, until it is told to end; program: see `Service`. Raises UserError."""
     options = {
         "iothreads": orders.iothreads,
         "poll_us": orders.poll_us,
@@ -33,7 +33,7 @@ async def work(orders: Orders, command: Sequence[str]) -> None:
             for fd, device in zip(orders.fds, orders.devices, strict=True)
         ]
         devices = serve_devices(list(zip(orders.devices, endpoints, strict=True)), **options)
-        service = Service(control=channel, orders=orders, command=command)
+        service = Service(control=channel, orders=orders, program=program)
     else:
         passage = Passage(socket.socket(fileno=orders.passage))
         inheritance = await Inheritance.receive(passage)
@@ -41,7 +41,7 @@ async def work(orders: Orders, command: Sequence[str]) -> None:
         service = Service(
             control=channel or inheritance.control or False,
             orders=orders,
-            command=command,
+            program=program,
             ready=passage.close,
         )
     await service.run(devices)
