@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,7 @@ def test_headers_that_change_while_they_are_sent(tmp_path: Path, what: str) -> N
                     a.memory.write(address, noise.choice((bytes(12), FINISH, noise.randbytes(12))))
                 else:
                     a.memory.write(address + 12 + 6, noise.choice((mac(1), mac(2))))
+                time.sleep(0)  # or the thread that sends waits 5 ms for its turn, each time
 
         writer = threading.Thread(target=rewrite)
         writer.start()
