@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,16 +19,9 @@ def kept(target: str) -> list[Path]:
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target not in PYTHON])
 def test_native_targets(target: str) -> None:
-    program = build("address") / f"native/fuzz/fuzz_{target}"
     inputs = kept(target)
-    assert inputs
-
-    def run(some: list[Path]) -> None:
-        assert f"{len(some)} inputs" in run_program(str(program), *map(str, some))
-
-    shares = min(len(inputs), os.cpu_count() or 1)
-    with ThreadPoolExecutor(shares) as pool:
-        list(pool.map(run, [inputs[n::shares] for n in range(shares)]))
+    program = build("address") / f"native/fuzz/fuzz_{target}"
+    assert f"{len(inputs)} inputs" in run_program(str(program), *map(str, inputs))
 
 
 @pytest.mark.parametrize(("target", "run"), [("session", session.run), ("control", control.run)])
