@@ -129,6 +129,8 @@ static void run(const struct scenario *s, uint32_t batch, uint64_t requests)
 
     b.guest = guest_new(4 * GUEST_SIZE, 0);
     b.ring = driver_new(&b.guest, 0, RING_SIZE, VERSION_1 | s->features, 0);
+    if (b.ring.packed)
+        b.ring.packed->in_order = s->features & IN_ORDER;
     s->open(&b);
     struct vhost_queue_config config = driver_config(&b.ring, s->queue);
     if (s->tracked)

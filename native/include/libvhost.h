@@ -389,7 +389,8 @@ enum vhost_packet_flag {
     VHOST_PACKET_POLL = 4,      /* of a run: spin on the used rings; otherwise sleep on call fds */
     VHOST_PACKET_VERIFY = 8,    /* of a run: fill frames with a pattern, and check every byte */
     VHOST_PACKET_ROUND_TRIP = 16, /* of a run: port b sends back what arrives there */
-    VHOST_PACKET_PACKED = 32      /* of a port: negotiated, its rings are packed */
+    VHOST_PACKET_PACKED = 32,     /* of a port: negotiated, its rings are packed */
+    VHOST_PACKET_IN_ORDER = 64    /* of a port: negotiated; another order breaks its rings */
 };
 
 enum vhost_packet_limit {

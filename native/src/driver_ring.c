@@ -70,7 +70,7 @@ int driver_ring_open(struct driver_ring *r, const struct driver_memory *memory, 
         return -EINVAL;
     r->used_ring = (struct vring_used_elem *)&r->used[2];
     r->avail_idx = r->published = r->avail[1];
-    r->used_idx = r->checked = __atomic_load_n(&r->used[1], __ATOMIC_ACQUIRE);
+    r->used_idx = __atomic_load_n(&r->used[1], __ATOMIC_ACQUIRE);
     if (r->avail_idx != r->used_idx)
         return -EINVAL;
     if (r->offered) {

@@ -15,10 +15,12 @@
  * offered becomes visible by the flags of its first descriptor, and what was seen to be used is
  * counted on from where the count ended.
  *
- * With VIRTIO_F_IN_ORDER a device may tell of a batch by its last chain alone (virtio 1.3, sections
- * 2.7.9 and 2.8.9).  So which chains are used is known from the order in which they were offered;
- * what the device says of the last is compared with that.  A split ring's descriptors are copied
- * into the ring then, too, as they have to go round it one after another.
+ * With VIRTIO_F_IN_ORDER a device may tell of a batch by one element, which stands where that of
+ * the first chain would and names the last (virtio 1.3, sections 2.7.9 and 2.8.9).  So which chains
+ * are used is known from the order in which they were offered, and each element must name one of
+ * those that can be.  It has the last one's length; the others' are used completely.  A split
+ * ring's descriptors are copied into the ring then, too, as they have to go round it one after
+ * another.
  */
 #ifndef VHOST_DRIVER_RING_H
 #define VHOST_DRIVER_RING_H
@@ -34,6 +36,12 @@ enum { OUT_OF_ORDER = 0xffff };
 struct driver_place {
     uint16_t at;
     bool wrap;
+};
+
+/* A chain that was offered, where they are used in order. */
+struct driver_chain {
+    uint16_t head;
+    uint32_t len; /* once it is seen to be used: what the device has written */
 };
 
 /* Guest memory of one region, as the driver maps it. */
@@ -57,17 +65,17 @@ struct driver_ring {
     uint64_t kicks;
     uint16_t chain; /* packed, or in order: descriptors of each */
 
+    uint16_t seen; /* packed, or in order: chains that are used, from used_idx on */
+
     /* In order; NULL where chains are used in any order. */
-    uint16_t *offered;         /* heads, by avail_idx modulo the size; OUT_OF_ORDER: see below */
-    struct vring_desc *placed; /* split: the ring's own descriptors */
-    uint16_t checked; /* split: the used index up to which the device's word was compared */
+    struct driver_chain *offered; /* by avail_idx modulo the size */
+    struct vring_desc *placed;    /* split: the ring's own descriptors */
 
     /* Packed; slot is NULL where the ring is split. */
     struct vring_packed_desc *slot;
     const uint32_t *device_event; /* struct vring_packed_desc_event */
     uint32_t *driver_event;
     uint32_t wish;                   /* what stands there */
-    uint16_t seen;                   /* chains that are used, from `take` on */
     struct driver_place fill;        /* where the next is offered */
     struct driver_place take;        /* where the next is used */
     struct driver_place unknown;     /* where the first is used that was not seen */
@@ -150,7 +158,7 @@ static inline void driver_ring_offer(struct driver_ring *r, uint16_t head)
     uint16_t at = r->avail_idx & (r->size - 1);
 
     if (r->offered)
-        r->offered[at] = head;
+        r->offered[at].head = head;
     if (r->slot) {
         driver_ring_copy(r, head);
     } else {
@@ -167,55 +175,98 @@ static inline uint16_t driver_ring_in_flight(const struct driver_ring *r)
     return (uint16_t)(r->published - r->used_idx);
 }
 
-/* How many chains a used descriptor tells of, which has this id: all up to that one's. */
-static inline uint16_t driver_ring_told(struct driver_ring *r, uint16_t id)
+/* ---- in order ---- */
+
+/* What the device calls a chain: where it begins in a split ring, its buffer id in a packed one. */
+static inline uint32_t driver_ring_name(const struct driver_ring *r, uint16_t idx)
+{
+    return r->slot ? r->offered[idx & (r->size - 1)].head : driver_ring_placed(r, idx);
+}
+
+/* Of a chain that is not told of by itself the device has used everything. */
+static inline void driver_ring_skip(struct driver_ring *r, uint16_t idx)
+{
+    struct driver_chain *c = &r->offered[idx & (r->size - 1)];
+
+    c->len = 0;
+    for (uint16_t k = 0; k < r->chain; k++) {
+        const struct vring_desc *d = &r->desc[c->head + k];
+        c->len += d->flags & VRING_DESC_F_WRITE ? d->len : 0;
+    }
+}
+
+/* How many chains, of `most` that may be used, an element tells of: all up to the one it names. */
+static inline uint16_t driver_ring_told(struct driver_ring *r, struct vring_used_elem elem,
+                                        uint16_t most)
 {
     uint16_t next = (uint16_t)(r->used_idx + r->seen), n = 0;
 
-    for (; n < driver_ring_in_flight(r) - r->seen; n++) {
-        if (r->offered[(uint16_t)(next + n) & (r->size - 1)] == id)
-            return (uint16_t)(n + 1);
+    while (n < most && driver_ring_name(r, (uint16_t)(next + n)) != elem.id)
+        n++;
+    if (unlikely(n == most)) {
+        r->offered[next & (r->size - 1)].head = OUT_OF_ORDER;
+        return 1;
     }
-    r->offered[next & (r->size - 1)] = OUT_OF_ORDER;
-    return 1;
+    for (uint16_t k = 0; k < n; k++)
+        driver_ring_skip(r, (uint16_t)(next + k));
+    r->offered[(uint16_t)(next + n) & (r->size - 1)].len = elem.len;
+    return (uint16_t)(n + 1);
 }
 
-static inline uint16_t driver_ring_look(struct driver_ring *r)
+/* ---- used ---- */
+
+/* Copies, read once: the device may go on writing there. */
+static inline struct vring_used_elem driver_ring_elem_at(const struct driver_ring *r, uint16_t idx)
+{
+    const struct vring_used_elem *elem = &r->used_ring[idx & (r->size - 1)];
+
+    return (struct vring_used_elem){.id = __atomic_load_n(&elem->id, __ATOMIC_RELAXED),
+                                    .len = __atomic_load_n(&elem->len, __ATOMIC_RELAXED)};
+}
+
+static inline struct vring_used_elem driver_ring_slot_at(const struct driver_ring *r, uint16_t at)
+{
+    const struct vring_packed_desc *d = &r->slot[at];
+
+    return (struct vring_used_elem){.id = __atomic_load_n(&d->id, __ATOMIC_RELAXED),
+                                    .len = __atomic_load_n(&d->len, __ATOMIC_RELAXED)};
+}
+
+static inline uint16_t driver_ring_look_packed(struct driver_ring *r)
 {
     while (r->seen < driver_ring_in_flight(r)) {
         uint16_t flags = __atomic_load_n(&r->slot[r->unknown.at].flags, __ATOMIC_ACQUIRE);
-        uint16_t used = r->unknown.wrap ? DRIVER_AVAIL | DRIVER_USED : 0;
+        uint16_t used = r->unknown.wrap ? DRIVER_AVAIL | DRIVER_USED : 0, told = 1;
         if ((flags & (DRIVER_AVAIL | DRIVER_USED)) != used)
             break;
-        uint16_t id = __atomic_load_n(&r->slot[r->unknown.at].id, __ATOMIC_RELAXED);
-        uint16_t told = r->offered ? driver_ring_told(r, id) : 1;
+        if (r->offered)
+            told = driver_ring_told(r, driver_ring_slot_at(r, r->unknown.at),
+                                    (uint16_t)(driver_ring_in_flight(r) - r->seen));
         r->unknown = driver_place_after(r, r->unknown, (uint32_t)told * r->chain);
         r->seen = (uint16_t)(r->seen + told);
     }
     return r->seen;
 }
 
-/* Of a batch in a split ring only the last element has to be there. */
-static inline void driver_ring_compare(struct driver_ring *r, uint16_t used)
+/* An index beyond what is in flight is the caller's to refuse. */
+static inline uint16_t driver_ring_look_split(struct driver_ring *r)
 {
-    uint16_t last = (uint16_t)(used - 1);
+    uint16_t pending = (uint16_t)(__atomic_load_n(&r->used[1], __ATOMIC_ACQUIRE) - r->used_idx);
 
-    if (used == r->checked)
-        return;
-    if (r->used_ring[last & (r->size - 1)].id != driver_ring_placed(r, last))
-        r->offered[r->checked & (r->size - 1)] = OUT_OF_ORDER;
-    r->checked = used;
+    if (!r->offered || unlikely(pending > driver_ring_in_flight(r)))
+        return pending;
+    while (r->seen < pending) {
+        struct vring_used_elem elem = driver_ring_elem_at(r, (uint16_t)(r->used_idx + r->seen));
+        uint16_t most = (uint16_t)(pending - r->seen);
+        r->seen = (uint16_t)(r->seen + driver_ring_told(r, elem, most));
+    }
+    return pending;
 }
 
 /* How many elements wait on the used ring. */
 static inline uint16_t driver_ring_pending(struct driver_ring *r)
 {
-    if (r->slot)
-        return driver_ring_look(r);
-    uint16_t used = __atomic_load_n(&r->used[1], __ATOMIC_ACQUIRE);
-    if (r->offered)
-        driver_ring_compare(r, used);
-    return (uint16_t)(used - r->used_idx);
+    return r->slot ? driver_ring_look_packed(r) : driver_ring_look_split(r);
 }
 
 /* The place of a chain that is used, or will be, by its used index. */
@@ -224,29 +275,25 @@ static inline struct driver_place driver_ring_place(const struct driver_ring *r,
     return driver_place_after(r, r->take, (uint32_t)(uint16_t)(idx - r->used_idx) * r->chain);
 }
 
-/* A copy, read once: the device may go on writing there.  In order the length is not known. */
+/* What is told of a chain that waits: its head, or OUT_OF_ORDER, and what was written to it. */
 static inline struct vring_used_elem driver_ring_elem(const struct driver_ring *r, uint16_t idx)
 {
-    if (r->offered)
-        return (struct vring_used_elem){.id = r->offered[idx & (r->size - 1)]};
-    if (r->slot) {
-        const struct vring_packed_desc *d = &r->slot[driver_ring_place(r, idx).at];
-        return (struct vring_used_elem){.id = __atomic_load_n(&d->id, __ATOMIC_RELAXED),
-                                        .len = __atomic_load_n(&d->len, __ATOMIC_RELAXED)};
+    if (r->offered) {
+        const struct driver_chain *c = &r->offered[idx & (r->size - 1)];
+        return (struct vring_used_elem){.id = c->head, .len = c->len};
     }
-    const struct vring_used_elem *elem = &r->used_ring[idx & (r->size - 1)];
-
-    return (struct vring_used_elem){.id = __atomic_load_n(&elem->id, __ATOMIC_RELAXED),
-                                    .len = __atomic_load_n(&elem->len, __ATOMIC_RELAXED)};
+    if (r->slot)
+        return driver_ring_slot_at(r, driver_ring_place(r, idx).at);
+    return driver_ring_elem_at(r, idx);
 }
 
 /* The next element was taken. */
 static inline void driver_ring_next(struct driver_ring *r)
 {
-    if (r->slot) {
+    if (r->slot)
         r->take = driver_place_after(r, r->take, r->chain);
+    if (r->slot || r->offered)
         r->seen--;
-    }
     r->used_idx++;
 }
 

@@ -20,7 +20,8 @@ static uint32_t stride_of(uint32_t size)
 static int ring_open(struct driver_ring *r, const struct vhost_packet_ring *config,
                      const struct driver_memory *memory, uint32_t flags)
 {
-    unsigned kind = flags & VHOST_PACKET_PACKED ? DRIVER_RING_PACKED : DRIVER_RING_SPLIT;
+    unsigned kind = (flags & VHOST_PACKET_PACKED ? DRIVER_RING_PACKED : 0) |
+                    (flags & VHOST_PACKET_IN_ORDER ? DRIVER_RING_IN_ORDER : 0);
 
     r->event_idx = flags & VHOST_PACKET_EVENT_IDX;
     r->kick_fd = r->call_fd = -1;
@@ -78,14 +79,14 @@ static int lay_out(struct vhost_packet_port *p, const struct vhost_packet_port_c
 
 int vhost_packet_port_new(const struct vhost_packet_port_config *c, struct vhost_packet_port **out)
 {
+    const uint32_t flags = VHOST_PACKET_EVENT_IDX | VHOST_PACKET_MERGEABLE | VHOST_PACKET_PACKED |
+                           VHOST_PACKET_IN_ORDER;
     struct driver_memory memory = {c->memory, c->memory_size, c->guest_addr};
     struct vhost_packet_port *p;
     int err;
 
-    if (c->flags &
-            ~(uint32_t)(VHOST_PACKET_EVENT_IDX | VHOST_PACKET_MERGEABLE | VHOST_PACKET_PACKED) ||
-        c->header_len > VHOST_PACKET_HEADER_MAX || (c->header_len && !c->header) ||
-        c->rx_buffer_size < NET_HEADER_MAX + VHOST_PACKET_MIN ||
+    if (c->flags & ~flags || c->header_len > VHOST_PACKET_HEADER_MAX ||
+        (c->header_len && !c->header) || c->rx_buffer_size < NET_HEADER_MAX + VHOST_PACKET_MIN ||
         c->rx_buffer_size > NET_HEADER_MAX + VHOST_PACKET_MAX || c->buffers % LINE)
         return -EINVAL;
     p = calloc(1, sizeof(*p));

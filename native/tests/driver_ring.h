@@ -37,6 +37,7 @@ enum {
 #define EVENT_IDX (UINT64_C(1) << VIRTIO_F_EVENT_IDX)
 #define INDIRECT (UINT64_C(1) << VIRTIO_F_INDIRECT_DESC)
 #define PACKED (UINT64_C(1) << VIRTIO_F_RING_PACKED)
+#define IN_ORDER (UINT64_C(1) << VIRTIO_F_IN_ORDER)
 
 /* What a program's rings are like, all of them. */
 #ifdef PACKED_RINGS

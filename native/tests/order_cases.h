@@ -7,8 +7,6 @@
 
 #include "rig.h"
 
-#define IN_ORDER (UINT64_C(1) << VIRTIO_F_IN_ORDER)
-
 enum { ORDERED = 8 };
 
 /* A rig whose iothread has nothing to do: the test pops and pushes in its place. */

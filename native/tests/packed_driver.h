@@ -4,6 +4,9 @@
  * Tests go on to write chains as a split ring has them, into a table that the device never sees;
  * what is offered is copied into the ring from there, with the head as the buffer id.  Entries of
  * indirect tables, which lie one after another, get their flags where a packed ring has them.
+ *
+ * With in_order, which is the test's to set, a used descriptor tells of all chains up to the one
+ * that it names (virtio 1.3, section 2.8.9).
  */
 #ifndef PACKED_DRIVER_H
 #define PACKED_DRIVER_H
@@ -32,6 +35,10 @@ struct packed_half {
     struct vring_packed_desc *first; /* of what was offered; its flags are written last */
     uint16_t first_flags;
     uint16_t length[PACKED_MAX]; /* of the chains in flight, by id */
+    bool in_order;
+    uint16_t offered[PACKED_MAX]; /* in order: ids, from the oldest in flight on... */
+    uint16_t oldest, newest;      /* ...to the newest, counted on; size is a power of 2 */
+    uint16_t told;                /* chains that are used and not taken, before `take` */
 };
 
 static inline struct place place_of(uint16_t index)
@@ -118,6 +125,7 @@ static inline void packed_offer(struct packed_half *p, const struct vring_desc *
             break;
     }
     p->length[head] = n;
+    p->offered[p->newest++ & (p->size - 1)] = head;
 }
 
 static inline void packed_publish(struct packed_half *p)
@@ -127,28 +135,57 @@ static inline void packed_publish(struct packed_half *p)
     p->first = NULL;
 }
 
+/* How many chains a used descriptor tells of, which has this id; `told` are told of already.  Adds
+ * the descriptors that they had. */
+static inline uint16_t packed_tells(const struct packed_half *p, uint16_t told, uint16_t id,
+                                    uint16_t *descs)
+{
+    uint16_t n = 0, oldest = (uint16_t)(p->oldest + told), next;
+
+    CHECK(id < p->size && p->length[id]);
+    if (!p->in_order) {
+        *descs = (uint16_t)(*descs + p->length[id]);
+        return 1;
+    }
+    do {
+        CHECK((uint16_t)(oldest + n) != p->newest);
+        next = p->offered[(uint16_t)(oldest + n++) & (p->size - 1)];
+        *descs = (uint16_t)(*descs + p->length[next]);
+    } while (next != id);
+    return n;
+}
+
 /* How many chains wait to be taken. */
 static inline uint16_t packed_used(const struct packed_half *p)
 {
     struct place at = p->take;
-    uint16_t n = 0;
+    uint16_t n = p->told;
 
-    for (; n < p->size && packed_is_used(p, at); n++) {
-        uint16_t id = p->slot[at.idx].id;
-        CHECK(id < p->size && p->length[id]);
-        at = place_after(at, p->length[id], p->size);
+    while (n < p->size && packed_is_used(p, at)) {
+        uint16_t descs = 0;
+        n = (uint16_t)(n + packed_tells(p, n, p->slot[at.idx].id, &descs));
+        at = place_after(at, descs, p->size);
     }
     return n;
 }
 
+/* In order the first of a batch has the length of the last. */
 static inline struct vring_used_elem packed_take(struct packed_half *p)
 {
-    const struct vring_packed_desc *d = &p->slot[p->take.idx];
-    struct vring_used_elem e = {.id = d->id, .len = d->len};
+    struct vring_used_elem e = {0};
 
-    CHECK_EQ(!(d->flags & VRING_DESC_F_WRITE), !e.len);
-    CHECK(e.id < p->size && p->length[e.id]);
-    p->take = place_after(p->take, p->length[e.id], p->size);
+    if (!p->told) {
+        const struct vring_packed_desc *d = &p->slot[p->take.idx];
+        uint16_t descs = 0;
+        e = (struct vring_used_elem){.id = d->id, .len = d->len};
+        CHECK_EQ(!(d->flags & VRING_DESC_F_WRITE), !e.len);
+        p->told = packed_tells(p, 0, (uint16_t)e.id, &descs);
+        p->take = place_after(p->take, descs, p->size);
+    }
+    if (p->in_order)
+        e.id = p->offered[p->oldest & (p->size - 1)];
+    p->told--;
+    p->oldest++;
     p->length[e.id] = 0;
     return e;
 }

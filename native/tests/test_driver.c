@@ -1,8 +1,6 @@
 /* The load generator against the block device: many requests in flight, every byte checked. */
 #include "disk.h"
 
-#define IN_ORDER (UINT64_C(1) << VIRTIO_F_IN_ORDER)
-
 enum { LOAD_AT = 0x40000, QUEUE = 64 };
 
 static struct vhost_load_config load_of(struct disk *d, uint32_t flags)

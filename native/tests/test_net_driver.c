@@ -9,9 +9,10 @@ static void every_size_crosses_whole(void)
 {
     static const uint32_t size[] = {60, 64, 127, 1518, 9000, 65000, VHOST_PACKET_MAX};
 
-    for (uint32_t way = 0; way < 6; way++) {
-        struct wire_setup setup = {
-            .features = EVENT_IDX, .mergeable = way & 1, .echo = way / 2 == 2};
+    for (uint32_t way = 0; way < 8; way++) {
+        struct wire_setup setup = {.features = EVENT_IDX | (way / 2 == 3 ? IN_ORDER : 0),
+                                   .mergeable = way & 1,
+                                   .echo = way / 2 == 2};
         setup.size = setup.mergeable ? 256 : 64;
         wire_open(&wire, &setup);
         for (size_t i = 0; i < ARRAY_SIZE(size); i++) {
@@ -28,8 +29,9 @@ static void every_size_crosses_whole(void)
 
 static void every_way_to_wait(void)
 {
-    for (uint32_t way = 0; way < 32; way++) {
-        struct wire_setup setup = {.features = way & 1 ? EVENT_IDX : 0, .mergeable = way & 2};
+    for (uint32_t way = 0; way < 36; way++) {
+        uint64_t features = (way & 1 ? EVENT_IDX : 0) | (way & 32 ? IN_ORDER : 0);
+        struct wire_setup setup = {.features = features, .mergeable = way & 2};
         wire_open(&wire, &setup);
         wire.polls = way & 4;
         struct vhost_packet_config load = load_of(&wire, VHOST_PACKET_VERIFY);
@@ -66,18 +68,24 @@ static void no_wake_up_is_lost(void)
 }
 
 /* ...and the indexes of the rings wrap meanwhile. */
-static void runs_follow_one_another(void)
+static void runs_follow(uint64_t features, uint64_t packets)
 {
-    wire_open(&wire, &(struct wire_setup){.features = EVENT_IDX, .next_index = 64000});
+    wire_open(&wire, &(struct wire_setup){.features = features, .next_index = 64000});
     wire.polls = true;
     for (int i = 0; i < 5; i++) {
         struct vhost_packet_config load = load_of(&wire, i & 1 ? VHOST_PACKET_POLL : 0);
-        load.packets = 20000;
+        load.packets = packets;
         load.packet_size = i & 2 ? 1000 : 60; /* so slots move */
         CHECK_EQ(run(&load), 0);
         check_perfect(&load);
     }
     wire_close(&wire);
+}
+
+static void runs_follow_one_another(void)
+{
+    runs_follow(EVENT_IDX, 20000);
+    runs_follow(EVENT_IDX | IN_ORDER, 500); /* 1536 before they wrap */
 }
 
 static void the_depth_is_kept(void)
@@ -124,12 +132,16 @@ static void a_run_ends_after_its_time(void)
     wire_close(&wire);
 }
 
+/* At last of buffers that are full. */
 static void frames_in_pieces_are_put_together(void)
 {
-    static const uint32_t part[] = {12, 13, 20, 40, 1000};
+    static const uint32_t part[] = {12, 13, 20, 40, 1000, 0, 0};
 
-    for (size_t i = 0; i < ARRAY_SIZE(part); i++) {
-        wire_open(&wire, &(struct wire_setup){.features = EVENT_IDX, .mergeable = true});
+    for (size_t way = 0; way < 2 * ARRAY_SIZE(part); way++) {
+        size_t i = way / 2;
+        wire_open(&wire, &(struct wire_setup){.features = EVENT_IDX | (way & 1 ? IN_ORDER : 0),
+                                              .mergeable = true,
+                                              .buffer = part[i] ? 1526 : 300});
         wire.faults.part = part[i];
         struct vhost_packet_config load = load_of(&wire, VHOST_PACKET_ROUND_TRIP);
         load.flags |= i & 1 ? VHOST_PACKET_POLL : VHOST_PACKET_VERIFY;
@@ -143,22 +155,26 @@ static void frames_in_pieces_are_put_together(void)
 
 static void the_rest_of_a_frame_is_waited_for(void)
 {
-    wire_open(&wire, &(struct wire_setup){.features = EVENT_IDX, .mergeable = true});
-    wire.faults = (struct faults){.part = 100, .dribble = true};
-    struct vhost_packet_config load = load_of(&wire, VHOST_PACKET_VERIFY);
-    load.packet_size = 500;
-    load.packets = 100;
-    CHECK_EQ(run(&load), 0);
-    check_perfect(&load);
-    wire_close(&wire);
+    for (uint64_t order = 0; order <= IN_ORDER; order += IN_ORDER) {
+        wire_open(&wire, &(struct wire_setup){
+                             .features = EVENT_IDX | order, .mergeable = true, .buffer = 100});
+        wire.faults.dribble = true;
+        struct vhost_packet_config load = load_of(&wire, VHOST_PACKET_VERIFY);
+        load.packet_size = 500;
+        load.packets = 100;
+        CHECK_EQ(run(&load), 0);
+        check_perfect(&load);
+        wire_close(&wire);
+    }
 }
 
 /* The device keeps the heads of all slots until the driver has nothing else to wait for. */
 static void slots_are_waited_for(void)
 {
-    for (uint32_t poll = 0; poll <= VHOST_PACKET_POLL; poll += VHOST_PACKET_POLL) {
-        wire_open(&wire, &(struct wire_setup){.features = poll ? 0 : EVENT_IDX, .size = 16});
-        struct vhost_packet_config load = load_of(&wire, poll);
+    for (uint32_t way = 0; way < 4; way++) {
+        uint64_t features = (way & 1 ? 0 : EVENT_IDX) | (way & 2 ? IN_ORDER : 0);
+        wire_open(&wire, &(struct wire_setup){.features = features, .size = 16});
+        struct vhost_packet_config load = load_of(&wire, way & 1 ? VHOST_PACKET_POLL : 0);
         load.depth = 0;
         load.packets = 1000;
         wire.faults = (struct faults){.hoard = 16, .hoard_end = 1000};
@@ -303,14 +319,15 @@ static void net_close(struct net_end *e, struct control *c)
 static void the_net_device_keeps_every_byte(void)
 {
     static const uint32_t size[] = {60, 1518, 9000, 65000};
+    static const uint64_t others[] = {0, PACKED, IN_ORDER, PACKED | IN_ORDER};
     const uint64_t mergeable = UINT64_C(1) << VIRTIO_NET_F_MRG_RXBUF;
     int tap[2];
 
-    for (uint32_t way = 0; way < 4; way++) {
+    for (uint32_t way = 0; way < 7; way++) {
         struct control control = control_new(0, way & 1 ? 50 : 0);
+        uint64_t features = VERSION_1 | EVENT_IDX | mergeable | others[way < 4 ? 0 : way - 3];
         struct net_end end[2];
-        wire_open(&wire, &(struct wire_setup){.features = VERSION_1 | EVENT_IDX | mergeable,
-                                              .mergeable = true});
+        wire_open(&wire, &(struct wire_setup){.features = features, .mergeable = true});
         CHECK_EQ(socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, tap), 0);
         for (int i = 0; i < 2; i++)
             net_open(&end[i], &control, &wire.port[i], &tap[i]);

@@ -175,17 +175,92 @@ static void foreign_frames_are_told_apart(void)
     }
 }
 
-static void a_broken_ring_is_noticed(void)
+static void notice_lies(uint64_t features, enum lie end)
 {
-    for (uint32_t i = 0; i < 2 * (LIES - 1); i++) {
-        wire_open(&wire, &(struct wire_setup){.features = EVENT_IDX, .mergeable = true});
+    for (uint32_t i = 0; i < 2 * (end - 1); i++) {
+        wire_open(&wire, &(struct wire_setup){.features = features, .mergeable = true});
         struct vhost_packet_config load = load_of(&wire, i & 1 ? VHOST_PACKET_POLL : 0);
+        load.packets = 500;
         CHECK_EQ(run(&load), 0); /* the rings are full of what was true once */
         wire.port[0].sent = wire.port[1].delivered = 0;
         wire.faults.lie = 1 + i / 2;
         CHECK_EQ(run(&load), -EPROTO);
         wire.faults.lie = HONEST;
         CHECK_EQ(run(&load), -EPROTO); /* what the device holds is not known any more */
+        wire_close(&wire);
+    }
+}
+
+static void a_broken_ring_is_noticed(void)
+{
+    notice_lies(EVENT_IDX, ORDERS);
+    notice_lies(EVENT_IDX | IN_ORDER, LIES);
+}
+
+/* ---- packed rings, whose device is played here: of two frames that were sent, 0 and 1 ---- */
+
+static void say(struct wire_port *p, uint32_t ring, uint16_t at, uint16_t id, uint32_t len)
+{
+    struct vring_packed_desc *slot = &p->ring[ring].packed->slot[at];
+
+    slot->id = id;
+    slot->len = len;
+    __atomic_store_n(&slot->flags, AVAIL | USED, __ATOMIC_RELEASE);
+}
+
+static void use_both(struct wire_port *p, bool in_order)
+{
+    if (in_order) {
+        say(p, 1, 0, 1, 0);
+        return;
+    }
+    say(p, 1, 0, 0, 0);
+    say(p, 1, 1, 1, 0);
+}
+
+static void a_lie_in_a_packed_ring_is_noticed(void)
+{
+    static const struct {
+        uint32_t ring;
+        uint16_t id;
+        uint32_t len;
+    } lie[] = {
+        {0, 256, 0},        /* out of range */
+        {0, 0, 1527},       /* longer than the buffer */
+        {1, 15, 0},         /* not sent */
+        {1, UINT16_MAX, 0}, /* out of range */
+    };
+
+    for (uint32_t way = 0; way < 2 * ARRAY_SIZE(lie); way++) {
+        bool in_order = way & 1;
+        uint64_t features = PACKED | (in_order ? IN_ORDER : 0);
+        wire_open(&wire, &(struct wire_setup){.features = features, .mergeable = true});
+        struct vhost_packet_config load = load_of(&wire, VHOST_PACKET_POLL);
+        load.stall_ms = 5;
+        load.depth = load.packets = 2;
+        CHECK_EQ(vhost_packet_run(&load, &result), -ETIMEDOUT);
+        if (lie[way / 2].ring == 0)
+            use_both(&wire.port[0], in_order);
+        say(&wire.port[0], lie[way / 2].ring, 0, lie[way / 2].id, lie[way / 2].len);
+        CHECK_EQ(vhost_packet_run(&load, &result), -EPROTO);
+        wire_close(&wire);
+    }
+}
+
+/* The same without a lie: both slots are back, and nothing came. */
+static void a_truth_in_a_packed_ring_is_taken(void)
+{
+    for (uint32_t in_order = 0; in_order < 2; in_order++) {
+        uint64_t features = PACKED | (in_order ? IN_ORDER : 0);
+        wire_open(&wire, &(struct wire_setup){.features = features, .mergeable = true});
+        struct vhost_packet_config load = load_of(&wire, VHOST_PACKET_POLL);
+        load.stall_ms = 5;
+        load.depth = load.packets = 2;
+        CHECK_EQ(vhost_packet_run(&load, &result), -ETIMEDOUT);
+        CHECK_EQ(vhost_packet_run(&load, &result), -EBUSY);
+        use_both(&wire.port[0], in_order);
+        CHECK_EQ(vhost_packet_run(&load, &result), -ETIMEDOUT);
+        CHECK_EQ(result.sent, 2);
         wire_close(&wire);
     }
 }
@@ -237,6 +312,8 @@ static const struct test tests[] = {
     TEST(a_wrong_stamp_is_nobodys),
     TEST(foreign_frames_are_told_apart),
     TEST(a_broken_ring_is_noticed),
+    TEST(a_lie_in_a_packed_ring_is_noticed),
+    TEST(a_truth_in_a_packed_ring_is_taken),
     TEST(num_buffers_counts_where_it_was_negotiated),
     TEST(a_device_that_does_not_answer_is_given_up),
 };

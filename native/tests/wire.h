@@ -3,7 +3,9 @@
  * rings, in a thread of the test's own, and packet ports at the driver's side.
  *
  * It forwards frames without loss (they wait where there are no buffers), and well, but for the
- * faults that it is told to have.
+ * faults that it is told to have.  With IN_ORDER it tells of as much as it may by one element
+ * (virtio 1.3, section 2.7.9): a batch of what was sent, and buffers that are full with the next
+ * one.
  */
 #ifndef WIRE_H
 #define WIRE_H
@@ -33,6 +35,9 @@ enum lie {
     TX_ID_RANGE,
     TX_ID_TWICE,
     TX_INDEX,
+    ORDERS, /* with IN_ORDER: */
+    RX_AHEAD = ORDERS,
+    TX_AHEAD,
     LIES,
 };
 
@@ -53,6 +58,8 @@ struct faults {
 struct device_ring {
     struct driver_ring *d;
     uint16_t next, used_idx, published;
+    bool open;   /* the element written last may tell of more */
+    uint16_t at; /* its place */
 };
 
 struct wire_port {
@@ -62,6 +69,7 @@ struct wire_port {
     char header[VHOST_PACKET_HEADER_MAX]; /* its frames must start with this */
     uint32_t header_len;                  /* virtio-net header included */
     uint32_t sent, delivered;             /* frames, from it and to it */
+    uint32_t buffer;                      /* bytes of a receive buffer */
 };
 
 struct wire {
@@ -94,9 +102,21 @@ static inline uint16_t wire_head(const struct device_ring *r)
     return head;
 }
 
-static inline void wire_push(struct device_ring *r, uint32_t id, uint32_t len)
+/* `all`: what is told is that all of the chain was used, so that the next may tell of it. */
+static inline void wire_push(struct device_ring *r, uint32_t id, uint32_t len, bool all)
 {
-    r->d->used_ring[r->used_idx++ & (r->d->size - 1)] = (struct vring_used_elem){id, len};
+    struct vring_used_elem elem = {id, len}, garbage = {UINT32_MAX, UINT32_MAX};
+    struct vring_used_elem *own = &r->d->used_ring[r->used_idx & (r->d->size - 1)];
+
+    if (r->open) {
+        *own = garbage;
+        r->d->used_ring[r->at & (r->d->size - 1)] = elem;
+    } else {
+        *own = elem;
+        r->at = r->used_idx;
+    }
+    r->used_idx++;
+    r->open = all && r->d->features & IN_ORDER;
 }
 
 static inline void wire_publish(struct wire *w, struct device_ring *r)
@@ -107,6 +127,7 @@ static inline void wire_publish(struct wire *w, struct device_ring *r)
     if (now == old)
         return;
     r->published = now;
+    r->open = false;
     __atomic_store_n(&r->d->used[1], now, __ATOMIC_RELEASE);
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
     if (r->d->features & EVENT_IDX) {
@@ -150,21 +171,31 @@ static inline bool is_turn(uint32_t every, const struct wire_port *from)
 
 static inline uint32_t wire_room(const struct wire *w, const struct wire_port *to)
 {
-    uint32_t len = to->rx.d->desc[0].len;
+    return w->faults.part && w->faults.part < to->buffer ? w->faults.part : to->buffer;
+}
 
-    return w->faults.part && w->faults.part < len ? w->faults.part : len;
+static inline bool is_of_tx(enum lie lie)
+{
+    return (lie >= TX_ID_RANGE && lie < ORDERS) || lie == TX_AHEAD;
 }
 
 static inline void push_or_lie(struct device_ring *r, enum lie lie, uint16_t head, uint32_t len)
 {
+    const struct vring_desc *d = &r->d->desc[head];
+    uint32_t room = d->flags & VRING_DESC_F_WRITE ? d->len : 0;
+
+    if (lie)
+        r->open = false; /* a batch would take back the lie */
     if (lie == RX_ID_TWICE)
-        wire_push(r, head, len);
+        wire_push(r, head, len, false);
     if (lie == TX_ID_TWICE)
         head = (uint16_t)r->d->used_ring[(r->used_idx - 1) & (r->d->size - 1)].id;
     if (lie == RX_INDEX || lie == TX_INDEX)
         r->used_idx = (uint16_t)(r->used_idx + r->d->size);
+    if (lie == RX_AHEAD || lie == TX_AHEAD) /* so far that it is none of a batch */
+        head = (uint16_t)((head + r->d->size / 2) & (r->d->size - 1));
     wire_push(r, lie == RX_ID_RANGE || lie == TX_ID_RANGE ? r->d->size : head,
-              lie == RX_LENGTH ? r->d->desc[head].len + 1 : len);
+              lie == RX_LENGTH ? room + 1 : len, !lie && len == room);
 }
 
 /* Into as many buffers as it takes, which must be there. */
@@ -185,7 +216,7 @@ static inline void deliver(struct wire *w, struct wire_port *to, const char *fra
         memcpy(buffer, frame + at, part);
         if (at == 0)
             memcpy(buffer + offsetof(struct virtio_net_hdr, num_buffers), &n, sizeof(n));
-        push_or_lie(&to->rx, lie < TX_ID_RANGE ? lie : HONEST, head, part);
+        push_or_lie(&to->rx, is_of_tx(lie) ? HONEST : lie, head, part);
         if (w->faults.dribble && at == 0 && n > 1) {
             wire_publish(w, &to->rx);
             wire_await_sleep(w, &to->rx);
@@ -271,7 +302,7 @@ static inline bool forward(struct wire *w, struct wire_port *from, struct wire_p
         CHECK(len <= WIRE_FRAME_MAX);
         memcpy(w->frame, guest_at(&w->guest, from->tx.d->desc[head].addr), len);
         from->tx.next++;
-        push_or_lie(&from->tx, lie < TX_ID_RANGE ? HONEST : lie, head, 0);
+        push_or_lie(&from->tx, is_of_tx(lie) ? lie : HONEST, head, 0);
         w->bad_headers += memcmp(w->frame, from->header, from->header_len) != 0;
         forward_frame(w, from, to, len);
     }
@@ -350,7 +381,7 @@ static inline void wire_halt(struct wire *w)
 /* ---- all of it ---- */
 
 struct wire_setup {
-    uint64_t features; /* EVENT_IDX */
+    uint64_t features; /* EVENT_IDX, IN_ORDER; PACKED where the device is not played here */
     bool mergeable;
     bool echo;
     bool alike;    /* the headers of both ports are equally long */
@@ -385,6 +416,8 @@ static inline struct vhost_packet_port_config wire_config(struct wire *w,
                           : s->mergeable ? 1526
                                          : WIRE_FRAME_MAX,
         .flags = (s->features & EVENT_IDX ? VHOST_PACKET_EVENT_IDX : 0) |
+                 (s->features & IN_ORDER ? VHOST_PACKET_IN_ORDER : 0) |
+                 (s->features & PACKED ? VHOST_PACKET_PACKED : 0) |
                  (s->mergeable ? VHOST_PACKET_MERGEABLE : 0),
         .header = (const uint8_t *)p->header + WIRE_HEADER,
         .header_len = p->header_len - WIRE_HEADER,
@@ -393,6 +426,11 @@ static inline struct vhost_packet_port_config wire_config(struct wire *w,
     memcpy(&c.vnet, p->header, WIRE_HEADER);
     c.vnet.num_buffers = 7; /* which is ignored */
     return c;
+}
+
+static inline struct device_ring device_ring(struct driver_ring *d, uint16_t index)
+{
+    return (struct device_ring){.d = d, .next = index, .used_idx = index, .published = index};
 }
 
 static inline void wire_open(struct wire *w, const struct wire_setup *s)
@@ -408,12 +446,13 @@ static inline void wire_open(struct wire *w, const struct wire_setup *s)
         struct wire_port *p = &w->port[i];
         for (uint32_t r = 0; r < 2; r++)
             p->ring[r] = driver_new(&w->guest, 2 * i + r, size, s->features, s->next_index);
-        p->rx = (struct device_ring){&p->ring[0], s->next_index, s->next_index, s->next_index};
-        p->tx = (struct device_ring){&p->ring[1], s->next_index, s->next_index, s->next_index};
+        p->rx = device_ring(&p->ring[0], s->next_index);
+        p->tx = device_ring(&p->ring[1], s->next_index);
         p->header_len = WIRE_HEADER + (i && !s->alike ? 42 : 14);
         memset(p->header, (int)(0x11 * (i + 1)), p->header_len);
         memset(p->header + offsetof(struct virtio_net_hdr, num_buffers), 0, sizeof(uint16_t));
         struct vhost_packet_port_config config = wire_config(w, s, i);
+        p->buffer = config.rx_buffer_size;
         CHECK_EQ(vhost_packet_port_new(&config, &p->packet), 0);
     }
 }

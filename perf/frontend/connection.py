@@ -21,7 +21,8 @@ from vdev.virtio.vhost_user.frontend import Frontend, SharedRegion
 
 PAGE = 4096
 USER_ADDR = 0x7F00_0000_0000
-RING_FEATURES = 1 << lib.VIRTIO_F_EVENT_IDX | 1 << lib.VIRTIO_F_INDIRECT_DESC
+RING_EVENT_IDX = 1 << lib.VIRTIO_F_EVENT_IDX
+RING_FEATURES = RING_EVENT_IDX | 1 << lib.VIRTIO_F_INDIRECT_DESC
 RING_PACKED = 1 << lib.VIRTIO_F_RING_PACKED
 RING_IN_ORDER = 1 << lib.VIRTIO_F_IN_ORDER
 _DEMANDED = {RING_PACKED: "packed rings", RING_IN_ORDER: "use in order"}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from perf.frontend.connection import Connection, check
+from perf.frontend.connection import RING_EVENT_IDX, Connection, check
 from vdev._native import ffi, lib
 
 RING_SIZE = 1024
@@ -16,7 +16,6 @@ RX, TX = 0, 1
 BUFFER_SIZE = 2048  # of a receive buffer
 LOST_MS = 200
 STALL_MS = 5000
-_BASE = 1 << lib.VIRTIO_NET_F_MRG_RXBUF | 1 << lib.VIRTIO_F_EVENT_IDX
 _SEGMENTS = (
     1 << lib.VIRTIO_NET_F_CSUM
     | 1 << lib.VIRTIO_NET_F_GUEST_CSUM
@@ -89,19 +88,19 @@ class PacketOutcome:
 class NetFrontend(Connection):
     """A connection with one queue pair, and the C driver's port on it.
 
-    `segmented`: take the offloads that let frames be larger than the MTU. `packed`: take packed
-    rings where they are offered. Raises PeerError where
-    the peer refuses, OSError where it lacks an offload that is needed, or is lost.
+    `segmented`: take the offloads that let frames be larger than the MTU. `features`: of the rings,
+    which to take where they are offered; not VIRTIO_F_INDIRECT_DESC. Raises PeerError where the
+    peer refuses, OSError where it lacks an offload that is needed, or is lost.
     """
 
     def __init__(
-        self, path: Path, frames: Frames, *, segmented: bool, packed: bool = False
+        self, path: Path, frames: Frames, *, segmented: bool, features: int = RING_EVENT_IDX
     ) -> None:
         super().__init__(path)
         self.port = ffi.NULL
         try:
-            layout = 1 << lib.VIRTIO_F_RING_PACKED if packed else 0
-            self.negotiate(_BASE | layout | (_SEGMENTS if segmented else 0), 0)
+            merged = 1 << lib.VIRTIO_NET_F_MRG_RXBUF
+            self.negotiate(features | merged | (_SEGMENTS if segmented else 0), 0)
             if segmented and _SEGMENTS & ~self.frontend.features:
                 raise OSError(errno.EOPNOTSUPP, "the back-end lacks segmentation offloads")
             room = RING_SIZE * (2 * BUFFER_SIZE + 512) + (32 << 20 if segmented else 0)
@@ -118,6 +117,7 @@ class NetFrontend(Connection):
             (lib.VHOST_PACKET_EVENT_IDX if self.has(lib.VIRTIO_F_EVENT_IDX) else 0)
             | (lib.VHOST_PACKET_MERGEABLE if self.has(lib.VIRTIO_NET_F_MRG_RXBUF) else 0)
             | (lib.VHOST_PACKET_PACKED if self.has(lib.VIRTIO_F_RING_PACKED) else 0)
+            | (lib.VHOST_PACKET_IN_ORDER if self.has(lib.VIRTIO_F_IN_ORDER) else 0)
         )
         rx, tx = ({name: getattr(ring, name) for name in _RING_FIELDS} for ring in rings)
         header = ffi.new("uint8_t[]", frames.header)
@@ -164,11 +164,13 @@ def run(
     round_trip: bool = False,
     verify: bool = False,
     poll: bool = True,
+    lost_ms: int = LOST_MS,
     cpu: int = -1,
 ) -> PacketOutcome:
     """Sends frames of `size` bytes from one port to the other, in this thread.
 
     `depth`: frames in flight at most. `round_trip`: they come back, and that is the latency.
+    `lost_ms`: when a frame that has not come counts as lost.
     Raises TimeoutError when the back-end stops answering, OSError when it breaks a ring.
     """
     flags = (
@@ -185,7 +187,7 @@ def run(
             "duration_ns": int(seconds * 1e9),
             "packet_size": size,
             "depth": depth,
-            "lost_ms": LOST_MS,
+            "lost_ms": lost_ms,
             "stall_ms": STALL_MS,
             "flags": flags,
             "cpu": cpu,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
-from perf.frontend.connection import RING_PACKED, by_floor, percentile
+from perf.frontend.connection import RING_EVENT_IDX, by_floor, percentile
 from perf.frontend.net import NetFrontend, plain, run, segments
 from perf.loads.target import WARM_UP_SECONDS, ServerTarget
 from perf.model import Place, Port, Sample, Server, Target
@@ -38,14 +38,14 @@ class NativeNet:
     """Frames of `size` bytes (all headers counted), `depth` of them in flight.
 
     Frames above the MTU are TCP segments for the receiver to cut. `round_trip`: each comes back.
-    `packed`: on packed rings, with servers that offer them.
+    `features`: of the rings; only servers that offer the layout and order among them take part.
     """
 
     size: int
     depth: int
     round_trip: bool = False
     verify: bool = False
-    packed: bool = False
+    features: int = RING_EVENT_IDX
 
     @contextlib.contextmanager
     def attach(self, server: Server, place: Place) -> Iterator[Target]:
@@ -56,11 +56,11 @@ class NativeNet:
         )
         with (
             served_ports(server, place, segmented=segmented) as (started, ports),
-            NetFrontend(ports[0].socket, there, segmented=segmented, packed=self.packed) as a,
-            NetFrontend(ports[1].socket, back, segmented=segmented, packed=self.packed) as b,
+            NetFrontend(ports[0].socket, there, segmented=segmented, features=self.features) as a,
+            NetFrontend(ports[1].socket, back, segmented=segmented, features=self.features) as b,
         ):
-            for frontend in (a, b) if self.packed else ():
-                frontend.require(RING_PACKED, server.name)
+            for frontend in (a, b):
+                frontend.require(self.features, server.name)
             yield _NetTarget(started, a, b, self, place)
 
 

@@ -7,6 +7,7 @@ cards do: the peer with the same work.
 
 from __future__ import annotations
 
+from perf.frontend.connection import RING_EVENT_IDX, RING_IN_ORDER, RING_PACKED
 from perf.loads.net import NativeNet
 from perf.loads.testpmd import TestpmdNet
 from perf.model import Load, Suite, Workload
@@ -55,10 +56,17 @@ SUITE = Suite(
             )
             for size in SIZES
         ),
-        _one(
-            "frames-64-packed",
-            "64-byte frames one way, 256 in flight, packed rings",
-            NativeNet(64, DEPTH, packed=True),
+        *(
+            _one(
+                f"frames-64-{name}",
+                f"64-byte frames one way, 256 in flight, {what}",
+                NativeNet(64, DEPTH, features=RING_EVENT_IDX | features),
+            )
+            for name, what, features in (
+                ("packed", "packed rings", RING_PACKED),
+                ("in-order", "use in order", RING_IN_ORDER),
+                ("packed-in-order", "packed rings, use in order", RING_PACKED | RING_IN_ORDER),
+            )
         ),
         _one(
             "segments",

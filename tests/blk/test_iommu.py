@@ -208,6 +208,7 @@ def test_the_log_is_of_guest_memory(served: Disk, layout: str) -> None:
         disk.rings[0].kick()
         disk.used_of(pending)
         disk.set_features(disk.features)
+        after = snapshot(memory)
         found = log.take()
         (ring,) = disk.rings
         ours = {memory.guest_addr(ring.avail) & -PAGE}
@@ -215,7 +216,7 @@ def test_the_log_is_of_guest_memory(served: Disk, layout: str) -> None:
         buffers = {memory.guest_addr(page) for page in asked}
         rings = {memory.guest_addr(at) & -PAGE for at in (ring.desc, ring.used)}
         assert buffers <= found <= buffers | rings
-        assert changes(before, snapshot(memory)) - ours <= found
+        assert changes(before, after) - ours <= found
         assert log.stray() == 0
         disk.set_features(disk.features & ~F_LOG_ALL)
 

@@ -45,20 +45,27 @@ class DirtyLog:
     def take(self) -> set[int]:
         """The guest addresses of the pages that are in the log, which is empty then.
 
-        For times when nothing is logged: this reads and clears in two steps.
+        For times when no request is under way: this reads and clears in two steps. Where a ring
+        says when it wants to be kicked the device may write, and log, at any time.
         """
         found = set()
-        for region in self._memory.regions:
-            first, last = region.guest_addr // PAGE // 8, (region.end - 1) // PAGE // 8
-            at = slice(self.offset + first, self.offset + last + 1)
-            for n, byte in enumerate(self._map[at], first):
+        for at in self._parts():
+            for n, byte in enumerate(self._map[at], at.start - self.offset):
                 found |= {(8 * n + bit) * PAGE for bit in range(8) if byte >> bit & 1}
-            self._map[at] = bytes(last + 1 - first)
+            self._map[at] = bytes(at.stop - at.start)
         return found
 
     def stray(self) -> int:
-        """Bytes of the log's file that are not 0: after `take`, marks where no memory is."""
-        return sum(1 for byte in self._map[:] if byte)
+        """Bytes of the log's file that have marks where no memory is."""
+        left = bytearray(self._map)
+        for at in self._parts():
+            left[at] = bytes(at.stop - at.start)
+        return sum(1 for byte in left if byte)
+
+    def _parts(self) -> list[slice]:
+        """Of the log's file, for each region of memory."""
+        ends = [(r.guest_addr // PAGE // 8, (r.end - 1) // PAGE // 8) for r in self._memory.regions]
+        return [slice(self.offset + first, self.offset + last + 1) for first, last in ends]
 
 
 def snapshot(memory: GuestMemory) -> dict[int, bytes]:

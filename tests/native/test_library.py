@@ -6,12 +6,11 @@ import fnmatch
 import os
 import re
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.native.build import HEADERS, SOURCES, run
+from tests.native.build import HEADERS, SOURCES, build, run
 
 CC = os.environ.get("CC", "cc")
 
@@ -33,10 +32,10 @@ int main(void)
 
 
 @pytest.fixture(scope="session")
-def prefix(built: Callable[[str], Path]) -> Path:
+def prefix() -> Path:
     """Where the library is installed."""
-    where = built("plain")
-    run("meson", "install", "-C", str(where), "--no-rebuild")
+    where = build("plain")
+    run("meson", "install", "-C", str(where))
     return where / "prefix"
 
 

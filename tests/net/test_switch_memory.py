@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,7 @@ def test_headers_that_change_while_they_are_sent(tmp_path: Path, what: str) -> N
                     a.memory.write(address, noise.choice((bytes(12), FINISH, noise.randbytes(12))))
                 else:
                     a.memory.write(address + 12 + 6, noise.choice((mac(1), mac(2))))
+                time.sleep(0)  # or the thread that sends waits 5 ms for its turn, each time
 
         writer = threading.Thread(target=rewrite)
         writer.start()
@@ -116,7 +118,7 @@ def test_every_page_that_changed_is_logged(sw: Switched, plug: Plug, size: int) 
     ):
         b.start_logging(log, b.rings)
         ring = b.rx()
-        used = pages(ring.used, 6 + 8 * ring.size)
+        used, sent_used = (pages(ring.used, 6 + 8 * ring.size) for ring in b.rings)
         ours = pages(ring.avail, 6 + 2 * ring.size)
         b.memory.alloc(2 * PAGE)  # so that no buffer shares a page with a ring
         for payload in (1, 100, 1400):
@@ -128,10 +130,12 @@ def test_every_page_that_changed_is_logged(sw: Switched, plug: Plug, size: int) 
             a.send(sent)
             assert b.recv().frame == sent
             b.set_features(b.features)
+            after = snapshot(b.memory)
             found = log.take()
-            assert changes(before, snapshot(b.memory)) - ours <= found
+            assert changes(before, after) - ours <= found
             assert used <= found
-            assert 0 < len(found - used) <= (12 + len(sent)) // PAGE + 2
+            # When it wants to be kicked the device may say at any time, of either ring.
+            assert 0 < len(found - used - sent_used) <= (12 + len(sent)) // PAGE + 2
 
 
 @pytest.mark.parametrize("layout", [0, F_RING_PACKED], ids=["split", "packed"])
