@@ -117,11 +117,10 @@ int inflight_open(struct vhost_queue *q, struct vhost_inflight *region)
     q->tracker = t; /* and so inflight_close will free it */
     atomic_fetch_add(&region->refs, 1);
     t->region = region;
-    t->batch = calloc(region->queue_size, sizeof(*t->batch));
     uint64_t at = q->index * queue_bytes(region->queue_size, region->packed);
     err = k->alloc(q, region->region->host + at);
-    if (!t->batch || err < 0)
-        return -ENOMEM;
+    if (err < 0)
+        return err;
     switch (k->version(t)) {
     case 0:
         k->begin(q);
@@ -145,6 +144,5 @@ void inflight_close(struct vhost_queue *q)
         return;
     tracking_of(t->region->packed)->free(t);
     vhost_inflight_unref(t->region);
-    free(t->batch);
     free(t);
 }

@@ -13,13 +13,16 @@ struct vhost_inflight {
     bool packed;
 };
 
+/* A chain's, in packed rings. */
+struct entries {
+    uint16_t first, last;
+};
+
 /* What notes a queue's chains.  The part of the region that is the queue's (`shared`, and `chain`
  * or `desc`) is only written once the queue runs; the rest is nobody else's to change. */
 struct tracker {
     struct vhost_inflight *region;
     uint64_t counter;   /* of the next chain */
-    uint16_t *batch;    /* heads (packed: their entries) that were pushed and not shown yet ... */
-    uint32_t pushed;    /* ... so many */
     uint32_t num_again; /* chains to be popped once more */
     union {
         struct { /* split */
@@ -27,20 +30,20 @@ struct tracker {
             struct vhost_user_inflight_chain *chain; /* one a descriptor */
             uint16_t *again;       /* their heads, where the avail ring has heads */
             const uint16_t *heads; /* the avail ring's */
+            uint16_t *batch;       /* heads that were pushed and not shown yet ... */
+            uint32_t pushed;       /* ... so many */
             uint16_t last_batch_head;
         } split;
         struct { /* packed */
             struct vhost_user_inflight_packed *shared;
             struct vhost_user_inflight_desc *desc; /* entries, one a descriptor */
             struct vring_packed_desc *again;       /* descriptors, where the ring has them */
-            uint16_t *again_entry; /* the first of each chain to be popped once more, in order */
-            uint32_t popped_again; /* so many of them were */
-            uint32_t again_descs;  /* of the others */
-            uint16_t *entry;       /* the first of the chain in flight with this buffer id */
-            uint16_t *last;        /* of the chain that begins with this entry */
-            uint16_t *next;        /* as in `desc` */
-            uint16_t free_head;    /* of the list of free entries */
-            uint32_t returning;    /* descriptors of what was pushed and not shown yet */
+            struct entries *again_chain; /* of each chain to be popped once more, in order */
+            uint32_t popped_again;       /* so many of them were */
+            uint32_t again_descs;        /* of the others */
+            struct entries *chain;       /* of the one in flight with this buffer id */
+            uint16_t *next;              /* as in `desc` */
+            uint16_t free_head;          /* of the list of free entries */
         } packed;
     };
 };

@@ -7,7 +7,7 @@
  * store of these matters (see inflight.c):
  *
  *   pop      the entries, which are on the list yet
- *            free_head, old_free_head                  the list without them
+ *            free_head and old_free_head, as one       the list without them
  *   show     next of each chain's last entry: the batch goes before the list
  *            free_head; used_idx with its counter
  *            the flags of the first used descriptor    (packed_show)
@@ -55,6 +55,20 @@ static void store_used(struct tracker *t, union used_places used)
 static union used_places both_used(uint16_t idx, uint8_t wrap_counter)
 {
     return (union used_places){{idx, idx, wrap_counter, wrap_counter}};
+}
+
+_Static_assert(offsetof(struct vhost_user_inflight_packed, free_head) % sizeof(uint32_t) == 0 &&
+                   offsetof(struct vhost_user_inflight_packed, old_free_head) ==
+                       offsetof(struct vhost_user_inflight_packed, free_head) + sizeof(uint16_t),
+               "and the list's heads as one half as long");
+
+typedef uint32_t __attribute__((may_alias)) both_heads;
+
+/* No update is under way. */
+static void store_heads(struct tracker *t, uint16_t head)
+{
+    __atomic_store_n((both_heads *)&t->packed.shared->free_head, head | (uint32_t)head << 16,
+                     __ATOMIC_RELAXED);
 }
 
 static uint16_t load(const uint16_t *p)
@@ -197,8 +211,7 @@ static void place_again(struct vhost_queue *q, const struct found *f)
     r->avail_bits = bits;
     for (uint32_t i = 0; i < t->num_again; i++) {
         uint16_t first = f->noted[i].head, e = first;
-        t->packed.again_entry[i] = first;
-        t->packed.last[first] = f->desc[first].last;
+        t->packed.again_chain[i] = (struct entries){first, f->desc[first].last};
         for (uint16_t left = f->desc[first].num; left; left--, e = f->desc[e].next) {
             const struct vhost_user_inflight_desc *d = &f->desc[e];
             uint16_t flags = d->flags & (VRING_DESC_F_WRITE | VRING_DESC_F_INDIRECT);
@@ -254,22 +267,18 @@ static int alloc(struct vhost_queue *q, void *shared)
     t->packed.shared = shared;
     t->packed.desc = (void *)(t->packed.shared + 1);
     t->packed.again = calloc(ring_size, sizeof(*t->packed.again));
-    t->packed.again_entry = calloc(size, sizeof(*t->packed.again_entry));
-    t->packed.entry = calloc(ring_size, sizeof(*t->packed.entry));
-    t->packed.last = calloc(size, sizeof(*t->packed.last));
+    t->packed.again_chain = calloc(size, sizeof(*t->packed.again_chain));
+    t->packed.chain = calloc(ring_size, sizeof(*t->packed.chain));
     t->packed.next = calloc(size, sizeof(*t->packed.next));
-    return t->packed.again && t->packed.again_entry && t->packed.entry && t->packed.last &&
-                   t->packed.next
-               ? 0
-               : -ENOMEM;
+    return t->packed.again && t->packed.again_chain && t->packed.chain && t->packed.next ? 0
+                                                                                         : -ENOMEM;
 }
 
 static void free_tracker(struct tracker *t)
 {
     free(t->packed.again);
-    free(t->packed.again_entry);
-    free(t->packed.entry);
-    free(t->packed.last);
+    free(t->packed.again_chain);
+    free(t->packed.chain);
     free(t->packed.next);
 }
 
@@ -309,23 +318,19 @@ static int tracked_map(struct vhost_queue *q)
     return err;
 }
 
-/* The chain of these `n` descriptors is in flight, as far as the region says; its first entry was
- * the list's. */
-static inline void take_off(struct tracker *t, const struct notes *notes, uint16_t first,
-                            uint32_t n)
+/* As far as the region says, the chain of these `n` descriptors is in flight; it has the list's
+ * first entries.  What is next to each other is stored at once: such stores wait for those to the
+ * ring, for which the line must come from the driver, and few can wait. */
+static inline void take_off(struct tracker *t, struct entries chain, uint16_t rest, uint32_t n)
 {
-    struct vhost_user_inflight_desc *desc = &t->packed.desc[first];
+    struct vhost_user_inflight_desc *desc = &t->packed.desc[chain.first];
+    uint64_t next = t->packed.next[chain.first];
 
-    desc->last = notes->last;
-    desc->num = (uint16_t)n;
+    *(word *)desc = 1 | next << 16 | (uint64_t)chain.last << 32 | (uint64_t)n << 48;
     desc->counter = t->counter++;
-    desc->inflight = 1;
     inflight_order();
-    store(&t->packed.shared->free_head, notes->entry);
-    inflight_order();
-    store(&t->packed.shared->old_free_head, notes->entry);
-    t->packed.free_head = notes->entry;
-    t->packed.last[first] = notes->last;
+    store_heads(t, rest);
+    t->packed.free_head = rest;
 }
 
 static cold_path bool take_again(struct vhost_queue *q, struct chain *chain, enum walk walk)
@@ -335,7 +340,7 @@ static cold_path bool take_again(struct vhost_queue *q, struct chain *chain, enu
     if (!packed_take(q, chain, walk, NULL))
         return false;
     t->packed.again_descs -= q->lengths[chain->head];
-    t->packed.entry[chain->head] = t->packed.again_entry[t->packed.popped_again++];
+    t->packed.chain[chain->head] = t->packed.again_chain[t->packed.popped_again++];
     if (--t->num_again == 0)
         q->ring.offered = q->ring.slot;
     return true;
@@ -354,9 +359,9 @@ compiled_apart bool tracked_take(struct vhost_queue *q, struct chain *chain, enu
     };
     if (!packed_take(q, chain, walk, &notes))
         return false;
-    uint16_t first = t->packed.free_head;
-    take_off(t, &notes, first, q->lengths[chain->head]);
-    t->packed.entry[chain->head] = first;
+    struct entries entries = {t->packed.free_head, notes.last};
+    take_off(t, entries, notes.entry, q->lengths[chain->head]);
+    t->packed.chain[chain->head] = entries;
     return true;
 }
 
@@ -370,44 +375,38 @@ static bool tracked_pop_in_view(struct vhost_queue *q, struct chain *chain)
     return tracked_take(q, chain, WALK_VIEW);
 }
 
-static void tracked_push(struct vhost_queue *q, uint16_t id, uint32_t len)
+/* Puts what was pushed before the list; returns its first entry.  Chains that come back as they
+ * went are linked already. */
+static inline uint16_t link_batch(struct tracker *t, const struct used *used, uint32_t n)
 {
-    struct tracker *t = q->tracker;
+    uint16_t head = t->packed.free_head;
 
-    t->batch[t->pushed++] = t->packed.entry[id];
-    t->packed.returning += q->lengths[id];
-    packed_push(q, id, len);
-}
-
-static void tracked_join(struct vhost_queue *q, uint16_t id, uint32_t len)
-{
-    struct tracker *t = q->tracker;
-
-    t->batch[t->pushed++] = t->packed.entry[id];
-    t->packed.returning += q->lengths[id];
-    packed_join(q, id, len);
+    while (n--) {
+        struct entries chain = t->packed.chain[used[n].id];
+        if (t->packed.next[chain.last] != head) {
+            t->packed.next[chain.last] = head;
+            store(&t->packed.desc[chain.last].next, head);
+        }
+        head = chain.first;
+    }
+    return head;
 }
 
 static void tracked_show(struct vhost_queue *q)
 {
     struct tracker *t = q->tracker;
     struct vhost_user_inflight_packed *shared = t->packed.shared;
-    struct vhost_user_inflight_desc *desc = t->packed.desc;
-    const uint16_t *batch = t->batch;
-    uint32_t n = t->pushed;
-    uint16_t head = t->packed.free_head;
+    const struct used *used = q->ring.unshown;
+    uint32_t n = q->ring.num_unshown, taken = 0;
     uint16_t old_idx = q->ring.used_idx, old_bits = q->ring.used_bits;
     uint16_t idx = old_idx, bits = old_bits;
 
     if (!n)
         return;
-    for (uint32_t i = 0; i < n; i++) {
-        uint16_t first = batch[i], last = t->packed.last[first];
-        store(&desc[last].next, head);
-        t->packed.next[last] = head;
-        head = first;
-    }
-    move(&q->ring, &idx, &bits, t->packed.returning);
+    for (uint32_t i = 0; i < n; i++)
+        taken += used[i].taken;
+    move(&q->ring, &idx, &bits, taken);
+    uint16_t head = link_batch(t, used, n);
     inflight_order();
     store(&shared->free_head, head);
     inflight_order();
@@ -415,15 +414,15 @@ static void tracked_show(struct vhost_queue *q)
     inflight_order();
     ring_packed.show(q);
     inflight_order();
-    for (uint32_t i = 0; i < n; i++)
-        __atomic_store_n(&desc[batch[i]].inflight, 0, __ATOMIC_RELAXED);
+    for (uint32_t i = 0; i < n; i++) {
+        uint16_t first = t->packed.chain[used[i].id].first;
+        __atomic_store_n(&t->packed.desc[first].inflight, 0, __ATOMIC_RELAXED);
+    }
     inflight_order();
     store(&shared->old_free_head, head);
     inflight_order();
     store_used(t, both_used(idx, bits != 0));
     t->packed.free_head = head;
-    t->packed.returning = 0;
-    t->pushed = 0;
 }
 
 static void tracked_publish(struct vhost_queue *q)
@@ -447,8 +446,6 @@ static void attach(struct vhost_queue *q)
 
     layout->map = tracked_map;
     layout->pop = q->memory->behind ? tracked_pop_in_view : tracked_pop;
-    layout->push = tracked_push;
-    layout->join = tracked_join;
     layout->show = tracked_show;
     layout->publish = tracked_publish;
     layout->next_index = tracked_next_index;

@@ -107,12 +107,14 @@ static int alloc(struct vhost_queue *q, void *shared)
     t->split.chain = (void *)(t->split.shared + 1);
     t->split.heads = q->ring.heads;
     t->split.again = calloc(q->ring.size, sizeof(*t->split.again));
-    return t->split.again ? 0 : -ENOMEM;
+    t->split.batch = calloc(t->region->queue_size, sizeof(*t->split.batch));
+    return t->split.again && t->split.batch ? 0 : -ENOMEM;
 }
 
 static void free_tracker(struct tracker *t)
 {
     free(t->split.again);
+    free(t->split.batch);
 }
 
 static uint16_t version(const struct tracker *t)
@@ -187,7 +189,7 @@ static void tracked_push(struct vhost_queue *q, uint16_t head, uint32_t len)
     split_push(q, head, len);
     /* Not the driver's to make available again until it is shown. */
     q->busy[head / 64] |= UINT64_C(1) << (head % 64);
-    t->batch[t->pushed++] = head;
+    t->split.batch[t->split.pushed++] = head;
 }
 
 static void tracked_show(struct vhost_queue *q)
@@ -196,9 +198,9 @@ static void tracked_show(struct vhost_queue *q)
     struct vhost_user_inflight_split *shared = t->split.shared;
     struct vhost_user_inflight_chain *chain = t->split.chain;
     uint64_t *busy = q->busy;
-    const uint16_t *batch = t->batch;
+    const uint16_t *batch = t->split.batch;
     uint16_t last = t->split.last_batch_head;
-    uint32_t n = t->pushed;
+    uint32_t n = t->split.pushed;
 
     if (!n)
         return;
@@ -219,7 +221,7 @@ static void tracked_show(struct vhost_queue *q)
     inflight_order();
     __atomic_store_n(&shared->used_idx, q->ring.used_idx, __ATOMIC_RELAXED);
     t->split.last_batch_head = last;
-    t->pushed = 0;
+    t->split.pushed = 0;
 }
 
 static void tracked_publish(struct vhost_queue *q)

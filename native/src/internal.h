@@ -210,7 +210,7 @@ extern const struct ring_layout ring_split, ring_packed;
 /* A chain that the driver is yet to be shown. */
 struct used {
     uint32_t len;
-    uint16_t id, taken; /* descriptors */
+    uint16_t id, taken; /* descriptors; 0: the next one tells of it */
 };
 
 struct ring {

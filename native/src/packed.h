@@ -96,9 +96,7 @@ static inline void note(struct notes *notes, struct desc d)
     struct vhost_user_inflight_desc *to = &notes->desc[notes->entry];
 
     /* Its `next` is that of the list, which it must not leave for a moment. */
-    to->id = d.low;
-    to->flags = d.high;
-    to->len = d.len;
+    *(word *)&to->id = d.low | (uint64_t)d.high << 16 | (uint64_t)d.len << 32;
     to->addr = d.addr;
     notes->last = notes->entry;
     notes->entry = notes->next[notes->entry];
@@ -189,12 +187,16 @@ static inline void packed_push(struct vhost_queue *q, uint16_t id, uint32_t len)
         iothread_mark_dirty(q);
 }
 
-/* What was pushed last, and is not shown yet, tells of this chain, too. */
+/* What is told of this chain tells of those before it, too, and stands where the first of them was.
+ */
 static inline void packed_join(struct vhost_queue *q, uint16_t id, uint32_t len)
 {
-    struct used *last = &q->ring.unshown[q->ring.num_unshown - 1];
+    struct ring *r = &q->ring;
+    struct used *before = &r->unshown[r->num_unshown - 1];
+    uint16_t taken = (uint16_t)(before->taken + packed_idle(q, id));
 
-    *last = (struct used){len, id, (uint16_t)(last->taken + packed_idle(q, id))};
+    before->taken = 0;
+    r->unshown[r->num_unshown++] = (struct used){len, id, taken};
 }
 
 #endif

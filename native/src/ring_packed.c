@@ -128,19 +128,23 @@ static inline void mark_used(struct vring_packed_desc *d, struct used used, uint
 static void packed_show(struct vhost_queue *q)
 {
     struct ring *r = &q->ring;
-    const struct used *used = r->unshown;
+    const struct used *used = r->unshown, *end = used + r->num_unshown;
     uint16_t first = r->used_idx, first_bits = r->used_bits;
-    uint32_t n = r->num_unshown, taken = used->taken;
 
-    if (!n)
+    if (used == end)
         return;
     if (unlikely(q->num_marks))
         log_flush(q);
+    while (!used->taken)
+        used++;
+    uint32_t taken = used->taken;
     move(r, &r->used_idx, &r->used_bits, taken);
-    for (uint32_t i = 1; i < n; i++) {
-        mark_used(&r->slot[r->used_idx], used[i], r->used_bits, __ATOMIC_RELAXED);
-        move(r, &r->used_idx, &r->used_bits, used[i].taken);
-        taken += used[i].taken;
+    for (const struct used *u = used + 1; u != end; u++) {
+        if (!u->taken)
+            continue;
+        mark_used(&r->slot[r->used_idx], *u, r->used_bits, __ATOMIC_RELAXED);
+        move(r, &r->used_idx, &r->used_bits, u->taken);
+        taken += u->taken;
     }
     /* Release: the buffers, and the descriptors behind this one, come before it. */
     mark_used(&r->slot[first], *used, first_bits, __ATOMIC_RELEASE);
