@@ -375,9 +375,10 @@ static bool tracked_pop_in_view(struct vhost_queue *q, struct chain *chain)
     return tracked_take(q, chain, WALK_VIEW);
 }
 
-/* Puts what was pushed before the list; returns its first entry.  Chains that come back as they
- * went are linked already. */
-static inline uint16_t link_batch(struct tracker *t, const struct used *used, uint32_t n)
+/* Puts what was pushed before the list; returns its first entry, and adds up the descriptors.
+ * Chains that come back as they went are linked already. */
+static inline uint16_t link_batch(struct tracker *t, const struct used *used, uint32_t n,
+                                  uint32_t *taken)
 {
     uint16_t head = t->packed.free_head;
 
@@ -388,6 +389,7 @@ static inline uint16_t link_batch(struct tracker *t, const struct used *used, ui
             store(&t->packed.desc[chain.last].next, head);
         }
         head = chain.first;
+        *taken += used[n].taken;
     }
     return head;
 }
@@ -403,10 +405,8 @@ static void tracked_show(struct vhost_queue *q)
 
     if (!n)
         return;
-    for (uint32_t i = 0; i < n; i++)
-        taken += used[i].taken;
+    uint16_t head = link_batch(t, used, n, &taken);
     move(&q->ring, &idx, &bits, taken);
-    uint16_t head = link_batch(t, used, n);
     inflight_order();
     store(&shared->free_head, head);
     inflight_order();

@@ -94,9 +94,10 @@ struct notes {
 static inline void note(struct notes *notes, struct desc d)
 {
     struct vhost_user_inflight_desc *to = &notes->desc[notes->entry];
+    uint64_t rest = d.len | (uint64_t)d.low << 32 | (uint64_t)d.high << 48;
 
     /* Its `next` is that of the list, which it must not leave for a moment. */
-    *(word *)&to->id = d.low | (uint64_t)d.high << 16 | (uint64_t)d.len << 32;
+    *(word *)&to->id = rest << 32 | rest >> 32;
     to->addr = d.addr;
     notes->last = notes->entry;
     notes->entry = notes->next[notes->entry];
