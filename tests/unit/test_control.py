@@ -53,6 +53,29 @@ async def serving(path: Path) -> AsyncIterator[ControlServer]:
         await server.close()
 
 
+async def test_who_asks_without_end_is_held(tmp_path: Path) -> None:
+    """Everybody becomes idle, and nothing that was asked is lost."""
+    async with serving(tmp_path / "s") as server:
+        reader, writer = await asyncio.open_unix_connection(tmp_path / "s")
+        try:
+            asked = b'{"command": "echo"}\n'
+            writer.write(asked)
+            await reader.readline()
+            with server.held():
+                writer.write(3 * asked)
+                more, second = await asyncio.open_unix_connection(tmp_path / "s")
+                second.write(asked)
+                for connection in (reader, more):
+                    with pytest.raises(TimeoutError):
+                        await asyncio.wait_for(connection.readline(), 0.05)
+                assert all(peer.idle for peer in server._connections.values())
+            for connection in (reader, reader, reader, more):
+                assert json.loads(await connection.readline())["ok"]
+            second.close()
+        finally:
+            writer.close()
+
+
 async def exchange(path: Path, *lines: bytes) -> list[bytes]:
     reader, writer = await asyncio.open_unix_connection(path, limit=1 << 20)
     try:

@@ -23,7 +23,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -133,6 +133,8 @@ class ControlServer:
         self._listener: asyncio.Task[None] | None = None
         self._inherited = connections
         self._connections: dict[asyncio.Task[None], LineSocket] = {}
+        self._gate = asyncio.Event()
+        self._gate.set()
 
     async def start(self) -> None:
         """Bind and listen.  Raises UserError where the socket cannot be made."""
@@ -155,6 +157,15 @@ class ControlServer:
         assert self._sock is not None
         by_pid = self.path.name == f"{os.getpid()}.sock"
         return {"path": str(self.path), "by_pid": by_pid, "socket": fds.put(self._sock.fileno())}
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Begin with no request until the block ends: those that come wait."""
+        self._gate.clear()
+        try:
+            yield
+        finally:
+            self._gate.set()
 
     def is_idle(self, peer: LineSocket) -> bool:
         """Whether nobody but `peer` is being answered."""
@@ -207,6 +218,7 @@ class ControlServer:
 
     def _connect(self, peer: LineSocket, answer: dict[str, Any] | None = None) -> None:
         peer.idle = answer is None
+        peer.gate = self._gate
         task = asyncio.ensure_future(self._serve(peer, answer))
         self._connections[task] = peer
         task.add_done_callback(self._connections.pop)

@@ -31,13 +31,15 @@ _ANCILLARY = socket.CMSG_SPACE(MAX_FDS * _FD_SIZE)
 class LineSocket:
     """Lines in, bytes out; owns the socket. One task reads and writes it.
 
-    idle: whether it waits for a line; `save` loses nothing then.
+    idle: whether it waits for a line; `save` loses nothing then.  gate: while it is not set, lines
+    that have come wait as those do that have not.
     """
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self.sock = sock
         self.idle = True
+        self.gate: asyncio.Event | None = None
         self._loop = asyncio.get_running_loop()
         self._bytes = bytearray()
         self._fds: list[int] = []
@@ -72,6 +74,8 @@ class LineSocket:
                     raise PeerError(f"a line of more than {MAX_LINE} bytes")
                 if not await self._receive():
                     return None
+            if self.gate is not None:
+                await self.gate.wait()
         finally:
             self.idle = False
         line, fds = bytes(self._bytes[: end + 1]), self._fds

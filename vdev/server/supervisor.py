@@ -318,23 +318,29 @@ class Supervisor:
     async def _become(
         self, request: Request, program: Sequence[str], result: Any, patience: float
     ) -> NoReturn:
-        """`reexec.become`, as soon as nothing is under way. Raises UserError."""
+        """`reexec.become`, as soon as nothing is under way; requests that come wait for the next
+        program.  Raises UserError."""
         assert self._controller is not None
         try:
-            async with asyncio.timeout(patience):
-                while True:
-                    async with contextlib.AsyncExitStack() as stack:
-                        for worker in self._workers:
-                            await stack.enter_async_context(worker.moving)
-                        with held_back():
-                            await asyncio.sleep(_TURN)  # those that have come are noticed
-                            if self._stop.is_set():
-                                raise UserError("the server is being ended")
-                            workers_idle = all(worker.is_idle for worker in self._workers)
-                            if workers_idle and self._controller.is_idle(request.peer):
-                                reexec.become(program, self._save(request, program, result))
+            with self._controller.held():
+                async with asyncio.timeout(patience):
+                    while True:
+                        await self._become_if_idle(request, program, result)
         except TimeoutError:
             raise UserError("a worker, or another command, is busy for too long") from None
+
+    async def _become_if_idle(self, request: Request, program: Sequence[str], result: Any) -> None:
+        assert self._controller is not None
+        async with contextlib.AsyncExitStack() as stack:
+            for worker in self._workers:
+                await stack.enter_async_context(worker.moving)
+            with held_back():
+                await asyncio.sleep(_TURN)  # those that have come are noticed
+                if self._stop.is_set():
+                    raise UserError("the server is being ended")
+                workers_idle = all(worker.is_idle for worker in self._workers)
+                if workers_idle and self._controller.is_idle(request.peer):
+                    reexec.become(program, self._save(request, program, result))
 
     async def _replace(self, worker: Worker, program: Sequence[str], patience: float) -> float:
         async with worker.moving:
