@@ -326,7 +326,8 @@ static inline void take_off(struct tracker *t, struct entries chain, uint16_t re
     struct vhost_user_inflight_desc *desc = &t->packed.desc[chain.first];
     uint64_t next = t->packed.next[chain.first];
 
-    *(word *)desc = 1 | next << 16 | (uint64_t)chain.last << 32 | (uint64_t)n << 48;
+    __atomic_store_n((word *)desc, 1 | next << 16 | (uint64_t)chain.last << 32 | (uint64_t)n << 48,
+                     __ATOMIC_RELAXED);
     desc->counter = t->counter++;
     inflight_order();
     store_heads(t, rest);

@@ -106,8 +106,8 @@ static inline void note(struct notes *notes, struct desc d)
 /* Of the two walks each has all in one function, which the compiler would divide to share parts. */
 #define compiled_apart static inline __attribute__((always_inline))
 
-/* Walks the chain at next_avail into q->iov; *len descriptors of the ring.  They are read once: the
- * driver is writing others beside them. */
+/* Walks the chain at next_avail into q->iov; *len descriptors of the ring.  They are read once, so
+ * that what is noted is what is served. */
 compiled_apart enum vhost_fault packed_walk(struct vhost_queue *q, struct chain *c, uint16_t *len,
                                             enum walk walk, struct notes *notes)
 {

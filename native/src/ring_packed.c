@@ -18,8 +18,8 @@
  *
  * The driver stops at the first descriptor that is not used.  Therefore that one is written last,
  * and all that was pushed becomes visible at once: the buffers of a received frame must not come
- * one by one.  Nothing is written before that: the driver looks at the same cache lines, and
- * whatever comes between two writes to one is paid for by both.
+ * one by one.  Nothing is written before that, so that a server which is killed leaves the next one
+ * what the driver wrote.
  */
 #include "packed.h"
 #include <errno.h>
